@@ -1,0 +1,262 @@
+"""Every error a user can meet, by whose turn it is to act.
+
+Fields are positional and reach `super().__init__`, so that errors survive pickling to other processes.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import CancelledError
+from typing import NoReturn
+
+
+class CeleryMemError(Exception):
+    """Base of all errors of this package."""
+
+
+# --- the caller's turn: the call or the set-up is wrong --------------------------------------------------
+
+
+class ConfigError(CeleryMemError, ValueError):
+    """A setting is missing, misspelt or out of range; the text names it and the way out."""
+
+
+class RedisUnavailableError(CeleryMemError, ConnectionError):
+    """No usable Redis at the address: nobody answers, the password is wrong, or it is too old."""
+
+
+class NoRedisServerError(CeleryMemError):
+    """A private Redis was asked for and no server program is installed."""
+
+
+class ClosedClientError(CeleryMemError):
+    """The client was closed; make a new one."""
+
+
+class UnboundFutureError(CeleryMemError, RuntimeError):
+    """A future that belongs to no client here was asked for its result; use it inside `with client:`."""
+
+
+class ForeignFutureError(CeleryMemError, ValueError):
+    """A future of one client was given to another; send it through `client.future(key)` first."""
+
+
+class SerializationError(CeleryMemError, TypeError):
+    """A function, argument or result cannot be pickled; the text names it and its type."""
+
+
+class DeserializationError(CeleryMemError):
+    """Bytes cannot be unpickled here, mostly because a module or a version differs; the text says which."""
+
+
+class VersionMismatchError(CeleryMemError):
+    """Client and worker run versions that cannot exchange tasks."""
+
+
+class UnsupportedPoolError(CeleryMemError):
+    """This Celery pool cannot run graph tasks; use prefork, threads or solo."""
+
+
+class GraphCycleError(CeleryMemError, ValueError):
+    """A graph depends on itself.
+
+    Args:
+        path: keys along the cycle, the first one repeated at the end.
+    """
+
+    def __init__(self, path: tuple[object, ...]) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def __str__(self) -> str:
+        return "the graph has a cycle: " + " -> ".join(map(repr, self.path))
+
+
+class MissingKeyError(CeleryMemError, KeyError):
+    """A graph names a key that is neither in it nor a live future.
+
+    Args:
+        key: the key that is missing.
+        needed_by: the task (or the call) that names it.
+    """
+
+    def __init__(self, key: object, needed_by: object = None) -> None:
+        super().__init__(key, needed_by)
+        self.key = key
+        self.needed_by = needed_by
+
+    def __str__(self) -> str:
+        by = "" if self.needed_by is None else f", needed by {self.needed_by!r},"
+        return f"key {self.key!r}{by} is neither in the graph nor a live future"
+
+
+class StoreFullError(CeleryMemError, MemoryError):
+    """Redis is at its `maxmemory`; release futures, or give Redis more memory."""
+
+
+# --- lost work: the task's own fate ------------------------------------------------------------------------
+
+
+class FutureCancelledError(CeleryMemError, CancelledError):
+    """The future was cancelled, by this client or by another one with force.
+
+    Args:
+        key: key of the future.
+        reason: who did it, or why.
+    """
+
+    def __init__(self, key: object, reason: str = "") -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.key!r} was cancelled" + (f": {self.reason}" if self.reason else "")
+
+
+class FuturesCancelledError(CeleryMemError, CancelledError):
+    """Several futures of one call were cancelled.
+
+    Args:
+        keys: their keys.
+    """
+
+    def __init__(self, keys: tuple[object, ...]) -> None:
+        super().__init__(keys)
+        self.keys = keys
+
+    def __str__(self) -> str:
+        return f"{len(self.keys)} futures were cancelled, first {self.keys[0]!r}"
+
+
+class RemoteError(CeleryMemError):
+    """A task raised an exception that cannot be rebuilt here.
+
+    Args:
+        type_name: qualified name of the original class.
+        message: its text.
+        traceback_text: the traceback as the worker printed it.
+    """
+
+    def __init__(self, type_name: str, message: str, traceback_text: str = "") -> None:
+        super().__init__(type_name, message, traceback_text)
+        self.type_name = type_name
+        self.message = message
+        self.traceback_text = traceback_text
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message}"
+
+
+class TaskExitError(CeleryMemError):
+    """A task raised SystemExit or KeyboardInterrupt, which would have ended its worker."""
+
+
+class DataLostError(CeleryMemError):
+    """A result is gone and nothing can make it again.
+
+    Args:
+        key: the key that is lost.
+        reason: why it cannot be rebuilt.
+    """
+
+    def __init__(self, key: object, reason: str = "scattered data has no lineage") -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the data of {self.key!r} is lost: {self.reason}"
+
+
+class StateLostError(CeleryMemError):
+    """Redis was reset or replaced: the task graph this client knew is gone; submit again."""
+
+
+# --- answers of the scripts ----------------------------------------------------------------------------------
+
+
+class StateError(CeleryMemError):
+    """A script refused a change of state.
+
+    Args:
+        script: the transition that was attempted.
+        detail: what was found.
+    """
+
+    code = ""
+
+    def __init__(self, script: str, detail: str) -> None:
+        super().__init__(script, detail)
+        self.script = script
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.script}: {self.detail}"
+
+
+class NamespaceResetError(StateError, StateLostError):
+    """The namespace is not the one this process joined: Redis was emptied, replaced or failed over."""
+
+    code = "NAMESPACE_RESET"
+
+
+class UnknownClientError(StateError):
+    """The client's lease ran out (60 s without a heartbeat) and what it held was released."""
+
+    code = "UNKNOWN_CLIENT"
+
+
+class UnknownDependencyError(StateError):
+    """A task depends on a key of which there is no record; the future was released or cancelled."""
+
+    code = "UNKNOWN_DEPENDENCY"
+
+
+class UnknownFunctionError(StateError):
+    """The function's code is not stored; the client sends it again, users never see this."""
+
+    code = "UNKNOWN_FUNCTION"
+
+
+class FencedError(StateError):
+    """Another coordinator leads now; this one's writes are void."""
+
+    code = "FENCED"
+
+
+class SchemaError(StateError):
+    """The namespace was made by another version of celery-mem."""
+
+    code = "SCHEMA"
+
+
+BY_CODE: dict[str, type[StateError]] = {
+    cls.code: cls
+    for cls in (
+        NamespaceResetError,
+        UnknownClientError,
+        UnknownDependencyError,
+        UnknownFunctionError,
+        FencedError,
+        SchemaError,
+    )
+}
+
+
+def raise_for_reply(reply: Exception, script: str) -> NoReturn:
+    """Turn an error reply of a script into the class of its code.
+
+    Raises:
+        StateError: the class that `BY_CODE` maps the code to.
+        StoreFullError: Redis refused the write for lack of memory.
+        Exception: `reply` itself where the error is not ours.
+    """
+    text = str(reply)
+    code, _, detail = text.partition(" ")
+    if (error := BY_CODE.get(code)) is not None:
+        raise error(script, detail) from reply
+    if "OOM command not allowed" in text or text.startswith("OOM") or "command not allowed when used memory" in text:
+        raise StoreFullError(
+            f"{script}: Redis is at its maxmemory and refuses writes; release futures or raise maxmemory"
+        ) from reply
+    raise reply

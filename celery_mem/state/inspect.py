@@ -1,0 +1,217 @@
+"""What a person or a monitor wants to know of a namespace, by plain reads; nothing is unpickled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from celery_mem.state.keys import META, NODE, TASK
+from celery_mem.state.link import Link
+from celery_mem.state.store import Store
+
+_PAGE = 1_000
+"""Keys per round trip."""
+
+
+def namespace_status(store: Store) -> dict[str, Any]:
+    """Count and measure a namespace.
+
+    Not one moment's picture: it is read in several steps while work goes on. Costs a scan over all keys of
+    the server, in pages that hold up nobody.
+
+    Returns:
+        namespace, generation, queue, leader (coordinator id or None), clock (server time, s), and
+        - redis: version, used_memory, used_memory_human, maxmemory, maxmemory_policy
+        - nodes: name -> slots, busy (slots that run a task), pid, pool, hostname, lease (s left)
+        - queues: ready, unsettled (left for the sweep), tickets (on their way), idle (slots that wait)
+        - tasks: state -> count
+        - nbytes: size of all results in memory
+        - clients: id -> keys (held), lease (s left)
+    """
+    fixed, of, link = store.keys.fixed, store.keys.of, store.link
+    meta, now, leader, nodes, clients, *sizes = link.batch(
+        [
+            ("HMGET", fixed("meta"), META["generation"], META["queue"]),
+            ("TIME",),
+            ("GET", fixed("leader")),
+            ("ZRANGE", fixed("nodes"), 0, -1, "WITHSCORES"),
+            ("ZRANGE", fixed("clients"), 0, -1, "WITHSCORES"),
+            ("ZCARD", fixed("ready")),
+            ("SCARD", fixed("unsettled")),
+            ("ZCARD", fixed("tickets")),
+            ("ZCARD", fixed("idle")),
+        ]
+    )
+    now_s = int(now[0]) + int(now[1]) / 1e6
+    client_leases = _leases(clients, now_s)
+    held = _paged(link, [("SCARD", of("held", client)) for client in client_leases])
+    tasks, nbytes = _count_tasks(store)
+    return {
+        "namespace": store.keys.namespace,
+        "generation": _text(meta[0]),
+        "queue": _text(meta[1]),
+        "leader": _text(leader),
+        "clock": now_s,
+        "redis": server_facts(link),
+        "nodes": {name: _node(store, name, lease) for name, lease in _leases(nodes, now_s).items()},
+        "queues": dict(zip(("ready", "unsettled", "tickets", "idle"), sizes, strict=True)),
+        "tasks": tasks,
+        "nbytes": nbytes,
+        "clients": {
+            client: {"keys": keys, "lease": lease}
+            for (client, lease), keys in zip(client_leases.items(), held, strict=True)
+        },
+    }
+
+
+def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
+    """Tell all that the record of one key says; None if there is no record.
+
+    Returns:
+        key, state, priority, rank, attempt and owner (of the current or last attempt), waiting, needed,
+        retries (left), deaths, function (hash), payload_nbytes (None if it is a blob), nbytes, type,
+        place ("inline", "blob" or None), blame (key of the task that raised the error), error (bytes), and
+        - dependencies, dependents: key -> state, in order; a state of None means that there is no record
+        - holders: client id -> epoch; "@key" is the result of `key`, which contains a future
+        - contains: keys of the futures inside the result
+    """
+    of, link = store.keys.of, store.link
+    record = of("task", key_text)
+    small = [name for name in TASK if name not in {"payload", "value", "error"}]
+    values, payload, value, dependents = link.batch(
+        [
+            ("HMGET", record, *(TASK[name] for name in small)),
+            ("HSTRLEN", record, TASK["payload"]),
+            ("HEXISTS", record, TASK["value"]),
+            ("HKEYS", of("dependents", key_text)),
+        ]
+    )
+    row = {name: _text(value) for name, value in zip(small, values, strict=True)}
+    if row["state"] is None:
+        return None
+    blame = row["blame"]
+    holders = (line.rsplit(" ", 1) for line in _lines(row["holders"]))
+    return {
+        "key": key_text,
+        "state": row["state"],
+        "priority": float(row["priority"] or 0),
+        "rank": row["rank"],
+        "attempt": _number(row["attempt"]),
+        "owner": row["owner"],
+        "waiting": int(row["waiting"] or 0),
+        "needed": int(row["needed"] or 0),
+        "retries": int(row["retries"] or 0),
+        "deaths": int(row["deaths"] or 0),
+        "function": row["function"],
+        "payload_nbytes": payload or None,
+        "nbytes": _number(row["nbytes"]),
+        "type": row["type"],
+        "place": "inline" if value else "blob" if row["blob"] else None,
+        "blame": blame,
+        "error": link.call("HGET", of("task", blame), TASK["error"]) if blame else None,
+        "dependencies": _states(store, _lines(row["deps"])),
+        "dependents": _states(store, sorted(dep.decode() for dep in dependents)),
+        "holders": {client: int(epoch) for client, epoch in holders},
+        "contains": _lines(row["contains"]),
+    }
+
+
+def _count_tasks(store: Store) -> tuple[dict[str, int], int]:
+    """Return the number of tasks by state, and the size of all results."""
+    states: Counter[str] = Counter()
+    nbytes = 0
+    for names in _scan(store, store.keys.of("task", "*")):
+        rows = store.link.batch([("HMGET", name, TASK["state"], TASK["nbytes"]) for name in names])
+        states.update(state.decode() for state, _ in rows if state)
+        nbytes += sum(int(size or 0) for _, size in rows)
+    return dict(sorted(states.items())), nbytes
+
+
+def _scan(store: Store, pattern: str) -> Any:
+    """Yield pages of keys; a key may come twice only while Redis rehashes, so what was seen is left out."""
+    seen: set[bytes] = set()
+    cursor: Any = 0
+    while True:
+        cursor, page = store.link.call("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE)
+        if new := [name for name in dict.fromkeys(page) if name not in seen]:
+            seen.update(new)
+            yield new
+        if int(cursor) == 0:
+            return
+
+
+def _node(store: Store, name: str, lease: float) -> dict[str, Any]:
+    of, link = store.keys.of, store.link
+    names = ("slots", "pid", "pool", "hostname")
+    fields, running = link.batch(
+        [("HMGET", of("node", name), *(NODE[n] for n in names)), ("SMEMBERS", of("node_slots", name))]
+    )
+    slots, pid, pool, hostname = map(_text, fields)
+    owned = _paged(link, [("HLEN", of("slot", slot.decode())) for slot in running])
+    return {
+        "slots": int(slots or 0),
+        "busy": sum(n > 0 for n in owned),
+        "pid": _number(pid),
+        "pool": pool,
+        "hostname": hostname,
+        "lease": lease,
+    }
+
+
+def server_facts(link: Link) -> dict[str, Any]:
+    """Return version, used_memory, used_memory_human, maxmemory and maxmemory_policy; None where unknown."""
+    info: dict[str, str] = {}
+    for section in ("server", "memory"):
+        try:
+            lines = link.call("INFO", section).decode().splitlines()
+        except ResponseError:
+            continue  # not permitted, or a stand-in without INFO
+        info |= dict(line.split(":", 1) for line in lines if ":" in line)
+    return {
+        "version": info.get("redis_version"),
+        "used_memory": _number(info.get("used_memory")),
+        "used_memory_human": info.get("used_memory_human"),
+        "maxmemory": _number(info.get("maxmemory")),
+        "maxmemory_policy": info.get("maxmemory_policy"),
+    }
+
+
+def server_warnings(facts: dict[str, Any]) -> list[str]:
+    """Return what in the server's configuration would lose work."""
+    policy = facts["maxmemory_policy"]
+    if facts["maxmemory"] and policy not in (None, "noeviction"):
+        return [
+            f"Redis has maxmemory-policy {policy} and so drops task records when it is full; set noeviction"
+        ]
+    return []
+
+
+def _states(store: Store, keys: Sequence[str]) -> dict[str, str | None]:
+    replies = _paged(store.link, [("HGET", store.keys.of("task", key), TASK["state"]) for key in keys])
+    return dict(zip(keys, map(_text, replies), strict=True))
+
+
+def _leases(reply: Sequence[bytes], now_s: float) -> dict[str, float]:
+    return {reply[i].decode(): round(float(reply[i + 1]) / 1000 - now_s, 3) for i in range(0, len(reply), 2)}
+
+
+def _paged(link: Link, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    replies: list[Any] = []
+    for start in range(0, len(commands), _PAGE):
+        replies += link.batch(commands[start : start + _PAGE])
+    return replies
+
+
+def _lines(text: str | None) -> list[str]:
+    return [line for line in (text or "").split("\n") if line]
+
+
+def _text(raw: bytes | None) -> str | None:
+    return None if raw is None else raw.decode(errors="replace")
+
+
+def _number(text: str | None) -> int | None:
+    return None if not text else int(text)

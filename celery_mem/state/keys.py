@@ -1,0 +1,96 @@
+"""The name of every Redis key and hash field, in one place for Python and Lua alike.
+
+All keys of a namespace share the hash tag `{namespace}`, so that it fits one slot of a Redis Cluster.
+The scripts write `K.task` and `F.state`; the loader puts the texts below in their place.
+"""
+
+from __future__ import annotations
+
+SCHEMA = 1
+"""Version of this layout; a namespace made by another one is refused."""
+
+FIXED = {
+    "meta": "meta",  # hash: see META
+    "ready": "ready",  # zset: rank + key of every ready task; score = -user priority, lowest runs first
+    "unsettled": "unsettled",  # set: keys that a script with a spent budget left for the sweep
+    "functions": "functions",  # hash: function hash -> number of records that use it
+    "clients": "clients",  # zset: client id -> lease deadline, ms
+    "nodes": "nodes",  # zset: node -> lease deadline, ms
+    "slots": "slots",  # zset: slot that runs a ticket now -> lease deadline, ms
+    "idle": "idle",  # zset: slot that waits for a wake-up -> since, ms
+    "tickets": "tickets",  # zset: ticket sent and not yet taken -> lease deadline, ms
+    "leader": "leader",  # string with a time to live: id of the leading coordinator
+}
+PREFIXES = {
+    "task": "t:",  # hash per key: the task record, see TASK
+    "dependents": "d:",  # hash per key: dependent -> "", for every dependent that has a record
+    "blob": "b:",  # hash per result or payload, named <token>:<key>: "h" head, "0", "1", ... pieces
+    "function": "f:",  # string per function hash: the pickled function
+    "held": "c:",  # set per client: keys it holds
+    "notices": "n:",  # stream per client: changes of state of what it holds
+    "slot": "s:",  # hash per slot: key -> attempt of every task it owns
+    "wake": "w:",  # list per slot: a token says that there is work
+    "node": "node:",  # hash per node: see NODE
+    "node_slots": "ns:",  # set per node: its slots that run a ticket now
+}
+META = {
+    "generation": "gen",  # random id of the namespace's birth: a change means that Redis was reset
+    "schema": "schema",
+    "submissions": "submissions",  # counter: rank of the next submission
+    "attempts": "attempts",  # counter: the last fencing token given out
+    "ticket_ids": "tickets",  # counter
+    "capacity": "capacity",  # slots of all live nodes together
+    "queue": "queue",  # Celery queue that carries tickets
+    "fence": "fence",  # counter: term of the leading coordinator
+}
+TASK = {
+    "state": "s",
+    "function": "f",  # hash of the pickled function; absent for scattered data
+    "payload": "p",  # pickled arguments
+    "payload_blob": "q",  # token of the blob that holds a large payload
+    "deps": "d",  # keys joined by newlines
+    "holders": "h",  # lines "client epoch": who holds it, and its number for the call that took the hold;
+    # "@key 0" is the result of key, which contains a future of this one. Empty or absent: nobody
+    "priority": "u",  # user priority, higher runs first; absent means 0
+    "rank": "r",  # 10 hex digits of submission, 6 of dask.order
+    "waiting": "w",  # Invariant: number of deps not in memory, while waiting
+    "needed": "n",  # Invariant: number of dependents that are waiting, ready or processing
+    "attempt": "a",  # fencing token of the current or last attempt; a report counts only while processing
+    "owner": "o",  # slot of that attempt
+    "nbytes": "b",
+    "type": "y",  # type name of the result
+    "value": "v",  # the result, if small
+    "attached": "g",  # 1 where blob, payload_blob or contains is there: one look instead of three
+    "blob": "x",  # token of the blob that holds the result, if large
+    "contains": "c",  # keys of the futures inside the result, joined by newlines
+    "error": "e",  # pickled error, on the task that raised it
+    "blame": "l",  # key of the task that raised the error
+    "retries": "t",  # retries left
+    "deaths": "k",  # slots that died while they ran this task
+}
+NODE = {"slots": "slots", "pid": "pid", "pool": "pool", "versions": "versions", "hostname": "hostname"}
+
+STATES = ("waiting", "ready", "processing", "memory", "erred", "released", "lost")
+ACTIVE = frozenset({"waiting", "ready", "processing"})
+
+
+class Keys:
+    """Builds the Redis keys of one namespace."""
+
+    __slots__ = ("namespace", "prefix")
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.prefix = "{" + namespace + "}:"
+
+    def fixed(self, name: str) -> str:
+        """Return one of the keys in `FIXED`."""
+        return self.prefix + FIXED[name]
+
+    def of(self, kind: str, name: str) -> str:
+        """Return the key of a `kind` in `PREFIXES` that belongs to `name`."""
+        return self.prefix + PREFIXES[kind] + name
+
+    def blob(self, token: str, key: str) -> str:
+        """Return the key of the blob that `token` names."""
+        return f"{self.prefix}{PREFIXES['blob']}{token}:{key}"

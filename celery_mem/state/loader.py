@@ -1,0 +1,60 @@
+"""Joins the Lua scripts: prelude, the parts that a script's LIB line names, names from `keys`, the script."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from celery_mem.state import keys
+
+_TABLES = {"K": {**keys.FIXED, **keys.PREFIXES}, "F": keys.TASK, "M": keys.META, "N": keys.NODE}
+_NAME = re.compile(r"\b([KFMN])\.([a-z_]+)\b")
+_LIB = re.compile(r"^-- LIB +(.*)$", re.MULTILINE)
+_FOLDER = files("celery_mem.state") / "scripts"
+
+
+@dataclass(frozen=True)
+class Script:
+    """One script, ready to be sent.
+
+    Attributes:
+        name: file name without `.lua`.
+        source: the joined text.
+        sha: what EVALSHA calls it by.
+    """
+
+    name: str
+    source: str
+    sha: str
+
+
+@cache
+def load_script(name: str) -> Script:
+    """Read and join one script.
+
+    Raises:
+        KeyError: it uses a name that `keys` does not define.
+    """
+    body = (_FOLDER / f"{name}.lua").read_text()
+    lib = _LIB.search(body)
+    parts = lib[1].split() if lib else []
+    joined = "\n".join([*("" if name == "open" else _part("prelude"),), *map(_part, parts), body])
+    source = _NAME.sub(lambda m: repr(_TABLES[m[1]][m[2]]), _strip_comments(joined))
+    return Script(name, source, hashlib.sha1(source.encode()).hexdigest())  # noqa: S324 (Redis names scripts so)
+
+
+def _part(name: str) -> str:
+    return (_FOLDER / "lib" / f"{name}.lua").read_text()
+
+
+def _strip_comments(source: str) -> str:
+    # Comments are most of a contract; Redis need not keep them. Our scripts have no "--" inside strings.
+    return "\n".join(line for line in re.sub(r"--.*", "", source).splitlines() if line.strip())
+
+
+def script_names() -> list[str]:
+    """Return the names of all scripts."""
+    return sorted(f.name.removesuffix(".lua") for f in _FOLDER.iterdir() if f.name.endswith(".lua"))

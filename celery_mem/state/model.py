@@ -1,0 +1,514 @@
+"""The state machine in plain Python: the model that the scripts are checked against.
+
+Written to be obviously right, not fast: whatever follows from the records (dependents, needed, wanted,
+waiting, the ready queue, what a slot owns) is computed afresh on each question, and `settle` looks at all
+records again until no rule applies to any. A script does the same on a short list of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from celery_mem.errors import UnknownDependencyError
+
+WAITING, READY, PROCESSING = "waiting", "ready", "processing"
+MEMORY, ERRED, RELEASED, LOST = "memory", "erred", "released", "lost"
+
+ACTIVE = frozenset({WAITING, READY, PROCESSING})
+BROKEN = frozenset({ERRED, LOST})  # a task that waits for one of these errs
+
+TRANSITIONS: dict[str, frozenset[str]] = {
+    RELEASED: frozenset({WAITING, MEMORY}),
+    WAITING: frozenset({READY, ERRED, RELEASED, MEMORY}),
+    READY: frozenset({PROCESSING, RELEASED, MEMORY}),
+    PROCESSING: frozenset({MEMORY, READY, ERRED, RELEASED}),
+    MEMORY: frozenset({RELEASED, LOST}),
+    ERRED: frozenset({RELEASED, MEMORY}),
+    LOST: frozenset({MEMORY}),
+}
+"""State -> the states that may follow it. Only a released, erred or lost record may be forgotten."""
+
+
+class Task(NamedTuple):
+    """One task of a `submit`; `deps` are distinct keys, `order` is its place in the call's graph."""
+
+    key: str
+    function: str | None = None
+    payload: bytes = b""
+    deps: tuple[str, ...] = ()
+    priority: float = 0
+    order: int = 0
+    retries: int = 0
+    hold: bool = True
+
+
+class Data(NamedTuple):
+    """A result as its record tells it.
+
+    Attributes:
+        value: the bytes of a small result; None where they are in a blob.
+        contains: keys of the futures inside, which live as long as the result does.
+    """
+
+    nbytes: int
+    type: str = "object"
+    value: bytes | None = None
+    contains: tuple[str, ...] = ()
+
+
+class Done(NamedTuple):
+    """A completion; `data` is None where its blob has vanished, so that the task must run again."""
+
+    key: str
+    attempt: int
+    data: Data | None
+
+
+class Failed(NamedTuple):
+    key: str
+    attempt: int
+    error: bytes
+    retryable: bool = True
+
+
+class Back(NamedTuple):
+    key: str
+    attempt: int
+
+
+class Claim(NamedTuple):
+    key: str
+    attempt: int
+
+
+class StepReply(NamedTuple):
+    """`stale`: keys of reports that came too late; `claimed`: what the slot is to run now, in order."""
+
+    stale: list[str]
+    claimed: list[Claim]
+
+
+class Notice(NamedTuple):
+    """What a holder is told; codes: m value, M in memory, e error, p pending again, c cancelled, l lost."""
+
+    client: str
+    key: str
+    epoch: int
+    code: str
+
+
+@dataclass
+class Record:
+    """One task record; what can be derived from other records is not stored here."""
+
+    key: str
+    state: str
+    function: str | None = None
+    payload: bytes = b""
+    deps: tuple[str, ...] = ()
+    priority: float = 0
+    rank: str = ""
+    retries: int = 0  # what is left of them
+    deaths: int = 0  # slots that died while they ran this task
+    attempt: int = 0  # the current or last one
+    owner: str | None = None  # Invariant: a slot while processing, else None
+    data: Data | None = None  # Invariant: given exactly in state memory
+    error: bytes | None = None  # Invariant: given exactly while erred and to blame for it
+    blame: str | None = None  # Invariant: given exactly while erred
+    holders: dict[str, int] = field(default_factory=dict)  # client -> epoch of its hold; "@key", see Data
+
+
+class Model:
+    """A namespace. Every operation settles to the end, and can be repeated without harm."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+        self.slots: set[str] = set()
+        self.last_attempt = 0
+        self.notices: list[Notice] = []
+
+    # --- what follows from the records ----------------------------------------------------------------------
+
+    def dependents(self, key: str) -> list[str]:
+        return [k for k, record in self.records.items() if key in record.deps]
+
+    def needed(self, key: str) -> int:
+        return sum(self.records[k].state in ACTIVE for k in self.dependents(key))
+
+    def wanted(self, key: str) -> bool:
+        return bool(self.records[key].holders) or self.needed(key) > 0
+
+    def waiting(self, key: str) -> int:
+        return sum(self.records[d].state != MEMORY for d in self.records[key].deps)
+
+    def in_state(self, *states: str) -> list[Record]:
+        return [record for record in self.records.values() if record.state in states]
+
+    def ready(self) -> list[str]:
+        """Ready keys, the one to run first at the front."""
+        return [r.key for r in sorted(self.in_state(READY), key=lambda r: (-r.priority, r.rank + r.key))]
+
+    def blames(self, key: str) -> set[str]:
+        """Keys that an error of `key` may be blamed on: which of several is a matter of timing."""
+        return {self._blame_of(d) for d in self.records[key].deps if self.records[d].state in BROKEN}
+
+    # --- operations: one script each ------------------------------------------------------------------------
+
+    def submit(self, client: str, epoch: int, generation: int, tasks: Sequence[Task]) -> None:
+        """Add records for `tasks` and hold those that say so; an existing record is kept as it is.
+
+        Raises:
+            UnknownDependencyError: a dependency is neither a record nor earlier in `tasks`; nothing changed.
+        """
+        known = set(self.records)
+        for task in tasks:
+            for dep in task.deps:
+                if dep not in known:
+                    raise UnknownDependencyError("submit", f"{task.key} depends on {dep}")
+            known.add(task.key)
+        for task in tasks:
+            if (record := self.records.get(task.key)) is None:
+                record = self._create(task, generation)
+            stale_error = (
+                not record.holders and record.state == ERRED and not self._erred_dependents(task.key)
+            )
+            if task.hold:
+                record.holders[client] = epoch
+            if stale_error:
+                self._reset([task.key])
+        self._tell_state(client, [task.key for task in tasks if task.hold])
+        self.settle()
+
+    def put(self, client: str, epoch: int, key: str, data: Data) -> None:
+        """Hold `key` with `data`, given by the client instead of a run; data that is there already stays."""
+        record = self.records.get(key)
+        if record is None:
+            record = self.records[key] = Record(key, RELEASED)
+        if record.state != MEMORY:
+            self._remember(record, data)
+        record.holders[client] = epoch
+        self._tell_state(client, [key])
+        self.settle()
+
+    def hold(self, client: str, epoch: int, keys: Sequence[str]) -> list[str]:
+        """Hold `keys`; return those without a record."""
+        known = [key for key in keys if key in self.records]
+        for key in known:
+            self.records[key].holders[client] = epoch
+        self._tell_state(client, known)
+        self.settle()
+        return [key for key in keys if key not in known]
+
+    def release(self, client: str, keys: Iterable[str]) -> None:
+        """Drop the client's holds on `keys`."""
+        for key in keys:
+            if key in self.records:
+                self.records[key].holders.pop(client, None)
+        self.settle()
+
+    def cancel(self, client: str, keys: Iterable[str], force: bool = False) -> list[str]:
+        """Drop holds on `keys` and on all that depends on them, as far as nobody else holds it.
+
+        Args:
+            force: drop the holds of other clients as well; they are told. What a result contains, it keeps.
+        Returns: the keys on which `client` had a hold that it lost.
+        """
+        dropped = []
+        queue = [key for key in keys if key in self.records]
+        visited: set[str] = set()
+        while queue:
+            key = queue.pop(0)
+            if key in visited:
+                continue
+            visited.add(key)
+            record = self.records[key]
+            if record.holders.pop(client, None) is not None:
+                dropped.append(key)
+            if force:
+                self._tell(record, "c")
+                record.holders = {h: epoch for h, epoch in record.holders.items() if h.startswith("@")}
+            if force or not record.holders:
+                queue += self.dependents(key)
+        self.settle()
+        return dropped
+
+    def retry(self, keys: Iterable[str]) -> None:
+        """Forget the errors of `keys`, those they come from and those that came from them, and run again."""
+        self._reset(keys)
+        self.settle()
+
+    def step(
+        self,
+        slot: str,
+        done: Iterable[Done] = (),
+        failed: Iterable[Failed] = (),
+        back: Iterable[Back] = (),
+        want: int = 0,
+        mode: str = "",
+    ) -> StepReply:
+        """Report what became of attempts, then take up to `want` ready tasks.
+
+        Args:
+            mode: letters: r give first what the slot owns already, as its last call may have gone unheard;
+                l leave if there is nothing to take; q leave in any case and take nothing.
+        """
+        self.slots.add(slot)
+        stale: list[str] = []
+        for d in done:
+            if record := self._current(d.key, d.attempt, stale):
+                if d.data is None:
+                    self._become(record, READY)
+                else:
+                    self._remember(record, d.data)
+        for f in failed:
+            if record := self._current(f.key, f.attempt, stale):
+                if f.retryable and record.retries > 0:
+                    record.retries -= 1
+                    self._become(record, READY)
+                else:
+                    self._err(record, f.key, f.error)
+        for b in back:
+            if record := self._current(b.key, b.attempt, stale):
+                self._become(record, READY)
+        self.settle()
+        claimed = [] if "q" in mode else self._claim(slot, want, again="r" in mode)
+        if "q" in mode or ("l" in mode and not claimed):
+            self.slots.discard(slot)
+        return StepReply(stale, claimed)
+
+    def abandon_slot(self, slot: str, allowed: int, error: bytes) -> tuple[list[str], list[str]]:
+        """Give up a slot that is gone: what it ran is ready again, or errs after more than `allowed` deaths.
+
+        Returns: the keys that it ran, and those of them that erred.
+        """
+        lost = [r for r in self.in_state(PROCESSING) if r.owner == slot]
+        for record in lost:
+            record.deaths += 1
+            if record.deaths > allowed:
+                self._err(record, record.key, error)
+            else:
+                self._become(record, READY)
+        self.slots.discard(slot)
+        self.settle()
+        return [r.key for r in lost], [r.key for r in lost if r.deaths > allowed]
+
+    def expire_client(self, client: str) -> None:
+        """Release all that `client` holds."""
+        self.release(client, list(self.records))
+
+    # --- the rules ------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Apply the local rule to every record until it changes none."""
+        while sum(self._settle_one(key) for key in list(self.records)):
+            pass
+
+    def _settle_one(self, key: str) -> bool:
+        """Apply the local rule to `key` once; tell whether it changed anything."""
+        if key not in self.records:  # forgotten meanwhile
+            return False
+        record = self.records[key]
+        return self._settle_wanted(record) if self.wanted(key) else self._settle_unwanted(record)
+
+    def _settle_unwanted(self, record: Record) -> bool:
+        if record.state in ACTIVE:
+            self._become(record, RELEASED)
+        elif record.state == MEMORY:
+            self._become(record, RELEASED if record.function is not None else LOST)
+        elif not self.dependents(record.key):
+            del self.records[record.key]
+        else:
+            return False  # it stays as lineage
+        return True
+
+    def _settle_wanted(self, record: Record) -> bool:
+        broken = [d for d in record.deps if self.records[d].state in BROKEN]
+        if record.state == RELEASED:
+            self._become(record, WAITING)
+        elif record.state == WAITING and broken:
+            self._err(record, self._blame_of(broken[-1]))
+        elif record.state == WAITING and self.waiting(record.key) == 0:
+            self._become(record, READY)
+        else:
+            return False
+        return True
+
+    def _become(self, record: Record, state: str) -> None:
+        """Change the state; what belonged to the old one is gone, and a running attempt is void with it."""
+        assert state in TRANSITIONS[record.state], f"{record.key}: {record.state} -> {state}"
+        for inner in self._inside(record):
+            inner.holders.pop(f"@{record.key}", None)
+        record.state = state
+        record.owner, record.data, record.error, record.blame = None, None, None, None
+
+    def _create(self, task: Task, generation: int) -> Record:
+        rank = f"{generation:010x}{task.order:06x}"
+        record = Record(
+            task.key, RELEASED, task.function, task.payload, task.deps, task.priority, rank, task.retries
+        )
+        self.records[task.key] = record
+        return record
+
+    def _remember(self, record: Record, data: Data) -> None:
+        self._become(record, MEMORY)
+        record.data = data
+        for inner in self._inside(record):
+            inner.holders[f"@{record.key}"] = 0
+        self._tell(record, self._code(record))
+
+    def _err(self, record: Record, blame: str, error: bytes | None = None) -> None:
+        self._become(record, ERRED)
+        record.blame, record.error = blame, error
+        self._tell(record, "e")
+
+    def _reset(self, keys: Iterable[str]) -> None:
+        """Release the erred among `keys`, erred dependencies above them and all erred below any of these."""
+        above = self._closure(keys, lambda key: self.records[key].deps)
+        for key in self._closure(above, self._erred_dependents):
+            self._become(self.records[key], RELEASED)
+            self._tell(self.records[key], "p")
+
+    def _claim(self, slot: str, want: int, again: bool) -> list[Claim]:
+        owned = [r for r in self.in_state(PROCESSING) if r.owner == slot] if again and want > 0 else []
+        ready = self.ready()
+        fair = -(-len(ready) // max(1, len(self.slots)))  # rounded up
+        claimed = [Claim(r.key, r.attempt) for r in owned]
+        for key in ready[: max(0, min(want, max(1, fair)) - len(owned))]:
+            record = self.records[key]
+            self._become(record, PROCESSING)
+            self.last_attempt += 1
+            record.attempt, record.owner = self.last_attempt, slot
+            claimed.append(Claim(key, record.attempt))
+        return claimed
+
+    def _closure(self, keys: Iterable[str], neighbours: Callable[[str], Iterable[str]]) -> list[str]:
+        """The erred records among `keys`, and all erred ones that `neighbours` leads to from them."""
+        found: dict[str, None] = {}
+        queue = list(keys)
+        while queue:
+            key = queue.pop(0)
+            if key in self.records and self.records[key].state == ERRED and key not in found:
+                found[key] = None
+                queue += neighbours(key)
+        return list(found)
+
+    def _current(self, key: str, attempt: int, stale: list[str]) -> Record | None:
+        """The record of `key` if it is processing under `attempt`.
+
+        Else the report comes too late and its key goes to `stale`; but not if the result of `attempt` is
+        there: then the report was heard before.
+        """
+        record = self.records.get(key)
+        found = (record.state, record.attempt) if record else None
+        if found == (PROCESSING, attempt):
+            return record
+        if found != (MEMORY, attempt):
+            stale.append(key)
+        return None
+
+    def _inside(self, record: Record) -> list[Record]:
+        """Records of the futures inside the data of `record`."""
+        return [self.records[k] for k in (record.data.contains if record.data else ()) if k in self.records]
+
+    def _erred_dependents(self, key: str) -> list[str]:
+        return [k for k in self.dependents(key) if self.records[k].state == ERRED]
+
+    def _blame_of(self, key: str) -> str:
+        return self.records[key].blame or key
+
+    def _code(self, record: Record) -> str:
+        if record.data is not None:
+            return "M" if record.data.value is None else "m"
+        return {ERRED: "e", LOST: "l"}[record.state]
+
+    def _tell(self, record: Record, code: str) -> None:
+        for client, epoch in record.holders.items():
+            if not client.startswith("@"):
+                self.notices.append(Notice(client, record.key, epoch, code))
+
+    def _tell_state(self, client: str, keys: Iterable[str]) -> None:
+        """Tell a client that took holds what it would otherwise never hear: nothing will change there."""
+        for key in dict.fromkeys(keys):
+            record = self.records[key]
+            if record.state in {MEMORY, ERRED, LOST}:
+                self.notices.append(Notice(client, key, record.holders[client], self._code(record)))
+
+    # --- what tests look at ---------------------------------------------------------------------------------
+
+    def take_notices(self) -> list[Notice]:
+        """Return the notices since the last call."""
+        taken, self.notices = self.notices, []
+        return taken
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state as plain dicts and lists, derived fields and indexes included."""
+        records = {
+            key: {
+                "state": r.state,
+                "function": r.function,
+                "payload": r.payload,
+                "deps": list(r.deps),
+                "priority": r.priority,
+                "rank": r.rank,
+                "retries": r.retries,
+                "deaths": r.deaths,
+                "waiting": self.waiting(key) if r.state == WAITING else 0,
+                "needed": self.needed(key),
+                "attempt": r.attempt,
+                "owner": r.owner,
+                "nbytes": r.data.nbytes if r.data else None,
+                "type": r.data.type if r.data else None,
+                "value": r.data.value if r.data else None,
+                "blob": r.data is not None and r.data.value is None,
+                "contains": list(r.data.contains) if r.data else [],
+                "error": r.error,
+                "blame": r.blame,
+            }
+            for key, r in sorted(self.records.items())
+        }
+        clients: dict[str, list[str]] = {}
+        owned: dict[str, dict[str, int]] = {}
+        functions: dict[str, int] = {}
+        for key, r in sorted(self.records.items()):
+            for client in r.holders:
+                if not client.startswith("@"):
+                    clients.setdefault(client, []).append(key)
+            if r.owner is not None:
+                owned.setdefault(r.owner, {})[key] = r.attempt
+            if r.function is not None:
+                functions[r.function] = functions.get(r.function, 0) + 1
+        return {
+            "records": records,
+            "holders": {key: dict(r.holders) for key, r in sorted(self.records.items()) if r.holders},
+            "dependents": {key: sorted(d) for key in sorted(self.records) if (d := self.dependents(key))},
+            "ready": self.ready(),
+            "clients": clients,
+            "owned": owned,
+            "functions": functions,
+            "last_attempt": self.last_attempt,
+        }
+
+    def check(self) -> None:
+        """Assert what holds between operations; the numbers are those of the design's rules of state."""
+        attempts = [r.attempt for r in self.in_state(PROCESSING)]
+        assert len(set(attempts)) == len(attempts), "rule 4: an attempt number was given twice"
+        assert self.snapshot()["clients"] or not self.records, "rule 7: records, and no client holds any"
+        for key, r in self.records.items():
+            assert all(d in self.records for d in r.deps), f"rule 2: {key} depends on a forgotten record"
+            assert r.holders or self.dependents(key), f"rule 2: nobody knows {key}"
+            states = {self.records[d].state for d in r.deps}
+            if self.wanted(key):
+                assert r.state != RELEASED, f"rule 3: {key} is wanted and nobody makes it"
+            else:
+                assert r.state not in ACTIVE | {MEMORY}, f"rule 1: {key} is {r.state} and nobody wants it"
+            if r.state == WAITING:
+                assert self.waiting(key) > 0, f"rule 6: {key} waits for nothing"
+                assert states <= ACTIVE | {MEMORY}, f"rule 3: {key} waits for what nobody makes"
+            if r.state in {READY, PROCESSING}:
+                assert states <= {MEMORY}, f"rule 6: {key} is {r.state} without its dependencies"
+            assert (r.owner is not None) == (r.state == PROCESSING), f"rule 6: owner of {key}"
+            assert (r.data is not None) == (r.state == MEMORY), f"data of {key}, which is {r.state}"
+            assert (r.blame is not None) == (r.state == ERRED), f"blame of {key}, which is {r.state}"
+            assert (r.error is not None) == (r.blame == key), f"error bytes of {key}, blamed on {r.blame}"

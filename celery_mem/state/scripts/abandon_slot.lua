@@ -1,0 +1,34 @@
+-- A slot is gone (its process ended, or its node's lease is over): what it was running is ready again.
+-- LIB         record notices queue settle relief
+-- KEYS        1 meta            hash  {ns}:meta
+-- ARGV        5 slot            str
+--             6 node            str
+--             7 allowed         int   deaths of its slot that a task survives
+--             8 error           str   pickled error for tasks that went over it
+-- RETURNS     {keys that it was running, keys erred for it, tickets to send}
+-- INVARIANTS  nothing else counts as proof of death: the caller saw the process gone or the lease over;
+--             a slot that comes back finds its attempts void
+-- COST        O(tasks of the slot)
+local slot, node, allowed = ARGV[5], ARGV[6], tonumber(ARGV[7])
+relief()
+local keys, killed = redis.call('HKEYS', P .. K.slot .. slot), {}
+for _, key in ipairs(keys) do
+  local r = load(key)
+  if r and r.state == 'processing' and extra(r, F.owner) == slot then
+    local deaths = redis.call('HINCRBY', r.name, F.deaths, 1)
+    if deaths > allowed then
+      redis.call('HSET', r.name, F.error, ARGV[8])
+      err(r, key)
+      killed[#killed + 1] = key
+    else
+      withdraw(r)
+      enqueue(r)
+    end
+  end
+end
+redis.call('ZREM', P .. K.slots, slot)
+redis.call('ZREM', P .. K.idle, slot)
+redis.call('SREM', P .. K.node_slots .. node, slot)
+redis.call('UNLINK', P .. K.wake .. slot)
+local tickets = finish()
+return {keys, killed, tickets}

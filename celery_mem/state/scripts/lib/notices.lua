@@ -1,0 +1,41 @@
+-- Notices: what the holders of a task learn. One stream per client; an entry holds pairs
+-- key -> "<epoch> <code><bytes>" with code m value, M in memory, e error, p pending, c cancelled, l lost.
+local notices = {}
+
+local function note(client, key, epoch, code, bytes)
+  local list = notices[client]
+  if not list then
+    list = {}
+    notices[client] = list
+  end
+  local n = #list
+  list[n + 1], list[n + 2] = key, epoch .. ' ' .. code .. (bytes or '')
+end
+
+local function notify(r, code, bytes)
+  if r.holders == '' then return end
+  each_holder(r, function(id, epoch)
+    if string.byte(id) ~= 64 then note(id, r.key, epoch, code, bytes) end   -- 64: '@', a result, not a client
+  end)
+end
+
+-- The pickled error that the task `blame` raised; empty where data was lost instead.
+local function error_of(blame) return redis.call('HGET', P .. K.task .. blame, F.error) or '' end
+
+-- Tell one client how a finished task stands, as when it takes a hold late.
+local function note_standing(client, r, epoch, limit)
+  if r.state == 'memory' then
+    local value = extra(r, F.value)
+    if value and #value <= limit then note(client, r.key, epoch, 'm', value)
+    else note(client, r.key, epoch, 'M') end
+  elseif r.state == 'erred' then note(client, r.key, epoch, 'e', error_of(extra(r, F.blame)))
+  elseif r.state == 'lost' then note(client, r.key, epoch, 'l') end
+end
+
+local function flush_notices()
+  for client, list in pairs(notices) do
+    for i = 1, #list, 2000 do
+      redis.call('XADD', P .. K.notices .. client, '*', unpack(list, i, math.min(i + 1999, #list)))
+    end
+  end
+end

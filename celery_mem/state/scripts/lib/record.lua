@@ -1,0 +1,152 @@
+-- Task records: read once per script call. `state`, `holders`, `needed` and `waiting` change in memory (touch) and are written
+-- once at the end; what changes with one transition only is written by that transition.
+local records, touched = {}, {}
+
+local function split(text)
+  local out = {}
+  if text and text ~= '' then
+    for item in string.gmatch(text, '[^\n]+') do out[#out + 1] = item end
+  end
+  return out
+end
+
+-- The record of key, or false. Holds what most transitions look at; extra() reads the rest. Returns the payload and
+-- its blob's token too where `with_payload` asks for them.
+local function load(key, with_payload)
+  local r = records[key]
+  if r == nil then
+    local name = P .. K.task .. key
+    local v
+    if with_payload then
+      v = redis.call('HMGET', name, F.state, F.holders, F.function, F.deps, F.rank, F.needed, F.waiting,
+        F.attempt, F.priority, F.attached, F.payload, F.payload_blob)
+    else
+      v = redis.call('HMGET', name, F.state, F.holders, F.function, F.deps, F.rank, F.needed, F.waiting,
+        F.attempt, F.priority, F.attached)
+    end
+    if not v[1] then records[key] = false return false end
+    r = {key = key, name = name, state = v[1], holders = v[2] or '', fn = v[3], deps_text = v[4], deps = false,
+      rank = v[5], needed = tonumber(v[6] or 0), waiting = tonumber(v[7] or 0), attempt = v[8], priority = v[9],
+      attached = v[10], dirty = false, fresh = false}
+    records[key] = r
+    return r, v[11], v[12]
+  end
+  if r and with_payload then
+    local v = redis.call('HMGET', r.name, F.payload, F.payload_blob)
+    return r, v[1], v[2]
+  end
+  return r
+end
+
+local function extra(r, field) return redis.call('HGET', r.name, field) end
+
+local function deps_of(r)
+  local deps = r.deps
+  if not deps then
+    deps = split(r.deps_text)
+    r.deps = deps
+  end
+  return deps
+end
+
+local function touch(r)
+  if not r.dirty then
+    r.dirty = true
+    touched[#touched + 1] = r
+  end
+end
+
+local function set_state(r, state)
+  r.state = state
+  if not r.dirty then touch(r) end
+end
+
+local function add_needed(r, n)
+  r.needed = r.needed + n
+  touch(r)
+end
+
+-- Holders are lines "id epoch"; most tasks have one.
+local function add_holder(r, id, epoch)
+  r.holders = (r.holders == '' and '' or r.holders .. '\n') .. id .. ' ' .. epoch
+  touch(r)
+end
+
+-- Calls f(id, epoch) for each holder.
+local function each_holder(r, f)
+  for id, epoch in string.gmatch(r.holders, '([^\n]+) (%d+)') do f(id, epoch) end
+end
+
+local function remove_holder(r, id)
+  if r.holders == '' then return false end
+  local kept, found = '', false
+  each_holder(r, function(other, epoch)
+    if other == id then found = true
+    else kept = (kept == '' and '' or kept .. '\n') .. other .. ' ' .. epoch end
+  end)
+  if found then
+    r.holders = kept
+    touch(r)
+  end
+  return found
+end
+
+local function is_wanted(r) return r.needed > 0 or r.holders ~= '' end
+
+local function dependents_of(r) return redis.call('HKEYS', P .. K.dependents .. r.key) end
+
+-- Function hashes whose number of records changes in this call, and code that came with it.
+local function_delta, new_functions = {}, {}
+local function count_function(hash, n) function_delta[hash] = (function_delta[hash] or 0) + n end
+
+-- Slot -> keys that it owns no longer.
+local disowned = {}
+local function disown(slot, key)
+  local keys = disowned[slot]
+  if not keys then
+    keys = {}
+    disowned[slot] = keys
+  end
+  keys[#keys + 1] = key
+end
+
+-- A record made by this call: `fresh` holds its remaining fields and values.
+local function write_fresh(r)
+  local fresh = r.fresh
+  if #fresh == 2 and r.needed == 0 and r.fn then
+    redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, F.function, r.fn,
+      fresh[1], fresh[2])
+  else
+    redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, F.needed, r.needed,
+      F.waiting, r.waiting, unpack(fresh))
+    if r.fn then redis.call('HSET', r.name, F.function, r.fn) end
+  end
+  r.fresh = false
+end
+
+local function flush_records()
+  for slot, keys in pairs(disowned) do
+    for i = 1, #keys, 2000 do
+      redis.call('HDEL', P .. K.slot .. slot, unpack(keys, i, math.min(i + 1999, #keys)))
+    end
+  end
+  for i = 1, #touched do
+    local r = touched[i]
+    r.dirty = false
+    if records[r.key] == r then
+      if r.fresh then write_fresh(r)
+      else
+        redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.needed, r.needed, F.waiting, r.waiting)
+      end
+    end
+  end
+  for hash, n in pairs(function_delta) do
+    if n ~= 0 and redis.call('HINCRBY', P .. K.functions, hash, n) <= 0 then
+      redis.call('HDEL', P .. K.functions, hash)
+      redis.call('UNLINK', P .. K.function .. hash)
+    elseif n > 0 and new_functions[hash] then
+      redis.call('SET', P .. K.function .. hash, new_functions[hash])
+    end
+  end
+  touched, disowned, function_delta = {}, {}, {}
+end

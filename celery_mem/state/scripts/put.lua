@@ -1,0 +1,32 @@
+-- Put data that the client brings (scatter) into the graph and hold it.
+-- LIB         record notices queue settle hold
+-- KEYS        1 meta            hash  {ns}:meta
+-- ARGV        5 client          str
+--             6 epoch           int
+--             7 notice_limit    int   bytes
+--             8 ...             per key: key, nbytes, type, kind v|b, value or blob token, contained keys joined by newlines
+-- RETURNS     tickets to send
+-- ERRORS      UNKNOWN_CLIENT    its lease ran out
+-- INVARIANTS  data that is already there stays, and the new copy is dropped; a task that was to make it is withdrawn
+-- COST        O(K + D): K keys, D dependents of them
+local client, epoch, notice_limit = ARGV[5], ARGV[6], tonumber(ARGV[7])
+if not is_known_client(client) then return redis.error_reply('UNKNOWN_CLIENT ' .. client) end
+for a = 8, #ARGV, 6 do
+  local key, kind, data = ARGV[a], ARGV[a + 3], ARGV[a + 4]
+  local r = load(key)
+  if r and r.state == 'memory' then
+    if kind == 'b' then redis.call('UNLINK', P .. K.blob .. data .. ':' .. key) end
+  else
+    if not r then
+      r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, holders = ''}
+      records[key] = r
+    end
+    withdraw(r)
+    redis.call('HDEL', r.name, F.error, F.blame)
+    enter_memory(r, ARGV[a + 1], ARGV[a + 2], kind, data, ARGV[a + 5])
+  end
+  take_hold(client, epoch, r)
+  settle_later(key)
+end
+flush_holds(client)
+return finish()

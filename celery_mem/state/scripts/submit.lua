@@ -1,0 +1,102 @@
+-- Add a chunk of tasks to the graph and hold those that the client asks for.
+-- LIB         record notices queue settle hold reset
+-- KEYS        1 meta            hash  {ns}:meta
+-- ARGV        5 client          str   who submits
+--             6 epoch           int   the client's number for this call; its notices carry it
+--             7 generation      int   rank of the submission; empty asks for the next one
+--             8 notice_limit    int   bytes of a value that a notice may carry
+--             9 functions       int   number of (hash, pickled function or empty) pairs that follow
+--            10 ...             pairs, then per task: key, function hash (empty: none), payload, payload blob token or
+--                               empty, priority, order, retries, hold 0|1, number of deps, deps...
+-- RETURNS     {generation, tickets to send}
+-- ERRORS      UNKNOWN_CLIENT    its lease ran out
+--             UNKNOWN_FUNCTION  no code given nor stored for a hash
+--             UNKNOWN_DEPENDENCY  neither a record nor earlier in the chunk
+-- INVARIANTS  an error writes nothing; the first record of a key wins; what nobody wants is forgotten again
+-- COST        O(T + D): T tasks and D dependencies in the chunk
+local client, epoch, generation, notice_limit = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
+if not is_known_client(client) then return redis.error_reply('UNKNOWN_CLIENT ' .. client) end
+
+local at = 10
+for _ = 1, tonumber(ARGV[9]) do
+  local hash, code = ARGV[at], ARGV[at + 1]
+  at = at + 2
+  if redis.call('HEXISTS', P .. K.functions, hash) == 0 then
+    if code == '' then return redis.error_reply('UNKNOWN_FUNCTION ' .. hash) end
+    new_functions[hash] = code
+  end
+end
+
+local tasks, in_chunk = {}, {}
+while at <= #ARGV do
+  local key, n_deps, deps = ARGV[at], tonumber(ARGV[at + 8]), false
+  if n_deps > 0 then
+    deps = {unpack(ARGV, at + 9, at + 8 + n_deps)}
+    for _, dep in ipairs(deps) do
+      if not in_chunk[dep] and not load(dep) then
+        return redis.error_reply('UNKNOWN_DEPENDENCY ' .. dep .. ' of ' .. key)
+      end
+    end
+  end
+  in_chunk[key] = true
+  tasks[#tasks + 1] = {at = at, key = key, deps = deps, standing = false}
+  at = at + 9 + n_deps
+end
+
+-- Checked; from here on only writes.
+if generation == '' then generation = redis.call('HINCRBY', KEYS[1], M.submissions, 1) end
+local reply_generation, rerun = tonumber(generation), {}
+generation = string.format('%010x', generation)
+local function add_fields(list, field, value)
+  local n = #list
+  list[n + 1], list[n + 2] = field, value
+end
+for _, task in ipairs(tasks) do
+  local a, key = task.at, task.key
+  local r = records[key] or redis.call('EXISTS', P .. K.task .. key) == 1 and load(key)
+  local known = r
+  if not r then
+    local fn, blob = ARGV[a + 1], ARGV[a + 3]
+    local fresh = blob == '' and {F.payload, ARGV[a + 2]} or {F.payload_blob, blob, F.attached, 1}
+    r = {key = key, name = P .. K.task .. key, state = 'released', fn = fn ~= '' and fn, deps_text = nil,
+      deps = false, needed = 0, waiting = 0, holders = '', dirty = false, fresh = fresh, priority = false,
+      attached = blob ~= '', rank = string.format('%s%06x', generation, ARGV[a + 5])}
+    records[key] = r
+    touch(r)
+    if r.fn then count_function(fn, 1) end
+    if blob ~= '' then redis.call('PERSIST', P .. K.blob .. blob .. ':' .. key) end
+    if ARGV[a + 4] ~= '0' then
+      r.priority = ARGV[a + 4]
+      add_fields(fresh, F.priority, r.priority)
+    end
+    if ARGV[a + 6] ~= '0' then add_fields(fresh, F.retries, ARGV[a + 6]) end
+    if task.deps then
+      r.deps = task.deps
+      r.deps_text = table.concat(task.deps, '\n')
+      add_fields(fresh, F.deps, r.deps_text)
+      for _, dep in ipairs(task.deps) do redis.call('HSET', P .. K.dependents .. dep, key, '') end
+    end
+  end
+  if ARGV[a + 7] == '1' then
+    local was_held = r.holders ~= ''
+    take_hold(client, epoch, r)
+    if known then
+      if r.state == 'erred' and not was_held then rerun[#rerun + 1] = r end
+      task.standing = true
+    end
+  end
+end
+flush_holds(client)
+
+for _, r in ipairs(rerun) do
+  local blamed = false
+  for _, name in ipairs(dependents_of(r)) do
+    if load(name).state == 'erred' then blamed = true end
+  end
+  if r.state == 'erred' and not blamed then reset_errors({r.key}) end
+end
+for _, task in ipairs(tasks) do
+  if task.standing then note_standing(client, load(task.key), epoch, notice_limit) end
+  settle(task.key)
+end
+return {reply_generation, finish()}
