@@ -1,0 +1,1 @@
+"""Calls and Dask collections become tasks: keys, payloads, dependencies, priority."""

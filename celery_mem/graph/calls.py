@@ -1,0 +1,291 @@
+"""A call as it travels: the function once, by hash; the arguments per task, with places for inputs.
+
+A future directly in the arguments or in built-in containers there becomes a place that the worker fills with the
+value. One anywhere else is found while pickling; it too is a dependency, and arrives as a future.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import marshal
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from celery_mem.errors import DeserializationError, VersionMismatchError
+from celery_mem.memory.serialize import dumps, loads_inline
+
+CALL = b"c"
+NODE = b"d"
+"""First byte of a payload: a plain call, or one whose arguments may be Dask nodes."""
+
+_SIMPLE = frozenset({int, float, str, bytes, bool, type(None), complex})
+
+
+class Function(NamedTuple):
+    """A pickled function: its hash, the bytes, and a name for people."""
+
+    hash: str
+    code: bytes
+    name: str
+
+
+class Payload(NamedTuple):
+    """Pickled arguments and the key texts that they need, each once."""
+
+    data: bytes
+    deps: tuple[str, ...]
+
+
+class Place:
+    """Where a worker puts an input: it unpickles to the value itself."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __reduce__(self) -> tuple[Callable[[int], Any], tuple[int]]:
+        return take_input, (self.index,)
+
+
+class _Inputs(threading.local):
+    values: Sequence[Any] = ()
+
+
+_inputs = _Inputs()
+
+
+def take_input(index: int) -> Any:
+    """Return the input of the payload that this thread is unpickling."""
+    return _inputs.values[index]
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """Return a short name of a function for keys and displays, free of spaces and brackets."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    name = getattr(func, "__name__", None) or type(func).__name__
+    name = "".join(c for c in str(name) if c.isalnum() or c in "_-.")
+    return name if name[:1].isalpha() or name[:1] == "_" else f"f_{name}"
+
+
+_functions: weakref.WeakKeyDictionary[Any, Function] = weakref.WeakKeyDictionary()
+
+
+def encode_function(func: Callable[..., Any]) -> Function:
+    """Pickle a function, once per function object.
+
+    Raises:
+        SerializationError: it cannot be pickled.
+    """
+    try:
+        known = _functions.get(func)
+    except TypeError:  # not hashable, or nothing that weak references can point to
+        return _encode_function(func)
+    if known is None:
+        known = _encode_function(func)
+        try:
+            _functions[func] = known
+        except TypeError:
+            pass
+    return known
+
+
+def _encode_function(func: Callable[..., Any]) -> Function:
+    name = name_of(func)
+    body = dumps(func, f"function {name}").inline()
+    code = json.dumps(_versions()).encode() + b"\n" + body
+    return Function(hashlib.blake2b(code, digest_size=16).hexdigest(), code, name)
+
+
+@functools.cache
+def _versions() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {"python": list(sys.version_info[:2]), "dask": version("dask")}
+
+
+def decode_function(code: bytes) -> Callable[..., Any]:
+    """Return the function.
+
+    Raises:
+        VersionMismatchError: it was pickled under another minor version of Python, or another Dask.
+        DeserializationError: a module that it needs is missing here.
+    """
+    head, newline, body = code.partition(b"\n")
+    try:
+        theirs = json.loads(head)
+    except ValueError:
+        raise DeserializationError("the stored function is not one of ours") from None
+    ours = _versions()
+    if not newline or theirs != ours:
+        differ = ", ".join(
+            f"{name} {_dotted(theirs.get(name))} there and {_dotted(ours[name])} here"
+            for name in ours
+            if theirs.get(name) != ours[name]
+        )
+        raise VersionMismatchError(
+            f"client and worker must run the same versions to exchange tasks: {differ}"
+        )
+    func: Callable[..., Any] = loads_inline(body, "function")
+    return func
+
+
+def _dotted(version: Any) -> str:
+    return ".".join(map(str, version)) if isinstance(version, list) else str(version)
+
+
+def encode_call(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    future_type: type,
+    text_of_future: Callable[[Any], str],
+) -> Payload:
+    """Pickle the arguments of a call.
+
+    Args:
+        future_type: what counts as a future.
+        text_of_future: its key text; may refuse a future that does not belong here.
+    """
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if type(value) not in _SIMPLE:
+            break
+    else:
+        return Payload(CALL + dumps((args, kwargs), "arguments").inline(), ())
+    places: dict[str, Place] = {}
+    marked = (
+        tuple(_mark(a, places, future_type, text_of_future) for a in args),
+        {k: _mark(v, places, future_type, text_of_future) for k, v in kwargs.items()},
+    )
+    frames = dumps(marked, "arguments")
+    return Payload(CALL + frames.inline(), (*places, *(k for k in frames.contains if k not in places)))
+
+
+def _mark(
+    value: Any, places: dict[str, Place], future_type: type, text_of_future: Callable[[Any], str]
+) -> Any:
+    """Return `value` with places for the futures in built-in containers; itself if there are none."""
+    kind = type(value)
+    if kind in _SIMPLE:
+        return value
+    if isinstance(value, future_type):
+        text = text_of_future(value)
+        return places.setdefault(text, Place(len(places)))
+    if kind is list or kind is tuple or kind is set:
+        if all(type(v) in _SIMPLE for v in value):
+            return value
+        parts = [_mark(v, places, future_type, text_of_future) for v in value]
+        if all(a is b for a, b in zip(parts, value, strict=True)):
+            return value
+        return _Set(parts) if kind is set else kind(parts)
+    if kind is dict:
+        items = {k: _mark(v, places, future_type, text_of_future) for k, v in value.items()}
+        return value if all(items[k] is value[k] for k in items) else items
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*(_mark(v, places, future_type, text_of_future) for v in value))
+    return value
+
+
+class _Set:
+    """A set with places in it: made a set only once they are filled, as their values are what is hashed."""
+
+    def __init__(self, parts: list[Any]) -> None:
+        self.parts = parts
+
+    def __reduce__(self) -> tuple[type[set[Any]], tuple[list[Any]]]:
+        return set, (self.parts,)
+
+
+def encode_node(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    deps: Sequence[str],
+    ref_type: type,
+    is_node: Callable[[Any], bool],
+    text_of_key: Callable[[Any], str],
+) -> Payload:
+    """Pickle the arguments of a Dask node: references directly among them become places, nodes stay nodes.
+
+    Args:
+        deps: key texts of everything the node needs.
+        ref_type: Dask's reference to a key.
+        is_node: tells a nested node.
+        text_of_key: text form of a Dask key.
+    """
+    index = {text: i for i, text in enumerate(deps)}
+    nested = False
+    out = []
+    for arg in args:
+        if isinstance(arg, ref_type):
+            out.append(Place(index[text_of_key(arg.key)]))  # type: ignore[attr-defined]
+        else:
+            nested = nested or is_node(arg)
+            out.append(arg)
+    named = {}
+    for name, arg in kwargs.items():
+        if isinstance(arg, ref_type):
+            named[name] = Place(index[text_of_key(arg.key)])  # type: ignore[attr-defined]
+        else:
+            nested = nested or is_node(arg)
+            named[name] = arg
+    frames = dumps((tuple(out), named), "arguments")
+    extra = tuple(k for k in frames.contains if k not in index)
+    return Payload((NODE if nested else CALL) + frames.inline(), (*deps, *extra))
+
+
+def decode_call(
+    payload: bytes, deps: Sequence[str], values: Sequence[Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with the inputs in their places.
+
+    Args:
+        deps: key texts, in the order of the payload's places.
+        values: the input for each of them.
+    """
+    outer, _inputs.values = _inputs.values, values
+    try:
+        args, kwargs = loads_inline(payload[1:], "arguments")
+    finally:
+        _inputs.values = outer
+    if payload[:1] == NODE:
+        from celery_mem.graph.nodes import evaluate
+
+        by_key = dict(zip(deps, values, strict=True))
+        args = tuple(evaluate(a, by_key) for a in args)
+        kwargs = {k: evaluate(v, by_key) for k, v in kwargs.items()}
+    return args, kwargs
+
+
+def token_of(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], text_of_future: Any) -> str:
+    """Return a token that is equal for equal calls: 32 hex digits.
+
+    Simple arguments are hashed as they are; others are given to Dask's tokenize, which costs ten times as much.
+    """
+    simple = _simplified(args, text_of_future)
+    if simple is not None and kwargs:
+        named = _simplified(tuple(kwargs.values()), text_of_future)
+        simple = None if named is None else (simple, tuple(kwargs), named)
+    if simple is None:
+        from dask.tokenize import tokenize
+
+        token: str = tokenize(func.hash, args, sorted(kwargs.items()))
+        return token
+    # Version 2 writes no back references, so equal values give equal bytes whoever else holds them.
+    return hashlib.blake2b(marshal.dumps((func.hash, simple), 2), digest_size=16).hexdigest()
+
+
+def _simplified(args: tuple[Any, ...], text_of_future: Any) -> tuple[Any, ...] | None:
+    out = []
+    for value in args:
+        if type(value) in _SIMPLE:
+            out.append(value)
+        elif getattr(type(value), "__celery_mem_future__", False):
+            out.append((text_of_future(value),))
+        else:
+            return None
+    return tuple(out)

@@ -1,0 +1,49 @@
+"""Sending tickets: Celery messages that lend one slot to the graph for a slice of time.
+
+A ticket names no task. One that is lost is sent again when its lease ends, one that comes twice finds no work.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from celery_mem.config import Settings
+from celery_mem.state.store import Tickets
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+log = logging.getLogger("celery_mem.tickets")
+
+TASK_NAME = "celery_mem.ticket"
+
+
+def make_app(settings: Settings) -> Celery:
+    """Return a Celery app that can send tickets where broker and state are the same Redis."""
+    from celery import Celery
+
+    app = Celery("celery_mem", broker=broker_url(settings.url), set_as_current=False)
+    app.conf.update(task_ignore_result=True, broker_pool_limit=1)
+    return app
+
+
+def broker_url(url: str) -> str:
+    """Return `url` as kombu spells it."""
+    return url.replace("unix://", "redis+socket://", 1)
+
+
+def send_tickets(app: Celery, tickets: Tickets) -> None:
+    """Send tickets. A failure is logged and left to their lease: the coordinator sends them again."""
+    for ticket in tickets.ids:
+        try:
+            app.send_task(
+                TASK_NAME,
+                args=(ticket,),
+                queue=tickets.queue or app.conf.task_default_queue,
+                ignore_result=True,
+                retry=False,
+                argsrepr=f"({ticket})",
+            )
+        except Exception as error:  # whatever the broker's library raises
+            log.warning("ticket %s could not be sent, the coordinator will: %s", ticket, error)

@@ -1,0 +1,1 @@
+"""Where results live: serialization and blobs in Redis. Knows only Redis."""

@@ -1,0 +1,129 @@
+"""Large results and payloads in Redis: one hash per blob, in pieces, so that one UNLINK removes it whole.
+
+A blob is written with a time to live; the script that makes a record refer to it takes that away. One whose writer
+dies in between vanishes by itself.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from celery_mem.errors import DeserializationError
+from celery_mem.memory.serialize import Frames, loads
+from celery_mem.state.link import Command, Link
+
+_SIZES = "<%dQ"
+
+
+def write_commands(name: str, frames: Frames, *, piece_bytes: int, lease_s: float) -> list[Command]:
+    """Return the commands that store `frames` under the Redis key `name`.
+
+    Args:
+        piece_bytes: most bytes per field; Redis takes no more than 512 MB.
+        lease_s: time to live until a record adopts the blob.
+    """
+    parts: list[Any] = [frames.head, *frames.buffers]
+    sizes = struct.pack(_SIZES % len(parts), *(memoryview(p).nbytes for p in parts))
+    lease_ms = int(lease_s * 1000)
+    commands: list[Command] = [("HSET", name, "h", sizes), ("PEXPIRE", name, lease_ms)]
+    for i, piece in enumerate(_pieces(parts, piece_bytes)):
+        commands.append(("HSET", name, i, piece))
+    if len(commands) > 3:
+        commands.append(("PEXPIRE", name, lease_ms))
+    return commands
+
+
+def write(link: Link, commands: Sequence[Command]) -> None:
+    """Send the commands of `write_commands` a piece at a time, so that no reply waits for gigabytes."""
+    for command in commands:
+        link.call(*command)
+
+
+def read(link: Link, name: str, what: str = "object") -> tuple[bytearray | bytes, list[bytearray]] | None:
+    """Return head and buffers of a blob; None if it is not there.
+
+    Raises:
+        DeserializationError: pieces of it are missing.
+    """
+    packed, piece = link.call("HMGET", name, "h", 0)
+    if packed is None:
+        return None
+    sizes = struct.unpack(_SIZES % (len(packed) // 8), packed)
+    whole = _Sink(sizes)
+    at = 0
+    while piece is not None and whole.write(piece):
+        at += 1
+        piece = link.call("HGET", name, at)
+    if piece is None and not whole.is_full:
+        if link.call("EXISTS", name):
+            raise DeserializationError(f"{what}: piece {at} of its blob is missing")
+        return None
+    return whole.parts[0], whole.parts[1:]
+
+
+def load(link: Link, name: str, what: str = "object") -> tuple[Any, int] | None:
+    """Return the object stored under `name` and its size in bytes; None if it is not there."""
+    found = read(link, name, what)
+    if found is None:
+        return None
+    head, buffers = found
+    return loads(bytes(head), buffers, what), len(head) + sum(map(len, buffers))
+
+
+def _pieces(parts: Sequence[Any], limit: int) -> Iterator[Any]:
+    """Cut the parts, laid end to end, into pieces of at most `limit` bytes; a part that is a piece is not copied."""
+    pending: list[memoryview] = []
+    room = limit
+    for part in parts:
+        view = memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b"")
+        while view.nbytes:
+            if not pending and view.nbytes >= limit:
+                yield view[:limit]
+                view = view[limit:]
+                continue
+            take = view[:room]
+            pending.append(take)
+            room -= take.nbytes
+            view = view[take.nbytes :]
+            if room == 0:
+                yield _joined(pending)
+                pending, room = [], limit
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(views: list[memoryview]) -> Any:
+    return views[0] if len(views) == 1 else b"".join(views)
+
+
+class _Sink:
+    """Takes pieces in order and spreads them over parts of known sizes."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.parts = [bytearray(size) for size in sizes]
+        self._part = 0
+        self._at = 0
+        self._skip_full()
+
+    @property
+    def is_full(self) -> bool:
+        return self._part == len(self.parts)
+
+    def write(self, piece: bytes) -> bool:
+        """Take one piece; returns whether more are expected."""
+        view = memoryview(piece)
+        while view.nbytes and not self.is_full:
+            part = self.parts[self._part]
+            n = min(len(part) - self._at, view.nbytes)
+            part[self._at : self._at + n] = view[:n]
+            self._at += n
+            view = view[n:]
+            self._skip_full()
+        return not self.is_full
+
+    def _skip_full(self) -> None:
+        while not self.is_full and self._at == len(self.parts[self._part]):
+            self._part += 1
+            self._at = 0

@@ -1,0 +1,132 @@
+"""Objects to bytes and back: pickle protocol 5, buffers out of band, cloudpickle where pickle cannot.
+
+A future inside an object says so while it is being pickled (`note_future`), so whoever pickles learns on which
+keys the bytes depend.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cloudpickle
+
+from celery_mem.errors import DeserializationError, SerializationError
+
+PLAIN = b"p"
+FRAMED = b"b"
+_COUNT = struct.Struct("<I")
+_LENGTH = struct.Struct("<Q")
+
+
+class _Found(threading.local):
+    keys: dict[str, None] | None = None
+
+
+_found = _Found()
+
+
+def note_future(key: str) -> None:
+    """Record that the object being pickled in this thread contains a future of `key`."""
+    if _found.keys is not None:
+        _found.keys[key] = None
+
+
+class Frames(NamedTuple):
+    """A pickled object.
+
+    Attributes:
+        head: the pickle stream.
+        buffers: its out-of-band buffers, flat views of the object's own memory.
+        contains: key texts of the futures inside it.
+    """
+
+    head: bytes
+    buffers: list[memoryview]
+    contains: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all parts, bytes."""
+        return len(self.head) + sum(b.nbytes for b in self.buffers)
+
+    def inline(self) -> bytes:
+        """Return all parts as one byte string, which `loads_inline` reads."""
+        if not self.buffers:
+            return PLAIN + self.head
+        sizes = [len(self.head), *(b.nbytes for b in self.buffers)]
+        table = _COUNT.pack(len(sizes)) + b"".join(map(_LENGTH.pack, sizes))
+        return b"".join([FRAMED, table, self.head, *self.buffers])
+
+
+def dumps(obj: Any, what: str = "object") -> Frames:
+    """Pickle `obj`.
+
+    Args:
+        what: how an error text calls it.
+    Raises:
+        SerializationError: neither pickle nor cloudpickle can.
+    """
+    outer, _found.keys = _found.keys, {}
+    try:
+        buffers: list[pickle.PickleBuffer] = []
+        try:
+            head = pickle.dumps(obj, protocol=5, buffer_callback=buffers.append)
+            by_value = b"__main__" in head or cloudpickle.list_registry_pickle_by_value()
+        except Exception:
+            by_value = True
+        if by_value:
+            # pickle would name a function of __main__, which is another module on the worker.
+            buffers.clear()
+            _found.keys.clear()
+            try:
+                head = cloudpickle.dumps(obj, protocol=5, buffer_callback=buffers.append)
+            except Exception as error:
+                raise SerializationError(
+                    f"{what} of type {type(obj).__qualname__} cannot be pickled: {error}"
+                ) from error
+        try:
+            views = [b.raw() for b in buffers]
+        except BufferError:  # not contiguous: let pickle copy it
+            views = []
+            head = cloudpickle.dumps(obj, protocol=5)
+        return Frames(head, views, tuple(_found.keys))
+    finally:
+        _found.keys = outer
+
+
+def loads(head: bytes | memoryview, buffers: Sequence[Any] = (), what: str = "object") -> Any:
+    """Unpickle. Arrays share the memory of `buffers` and are writable where those are.
+
+    Raises:
+        DeserializationError: a module is missing here or the bytes do not fit this Python.
+    """
+    try:
+        return pickle.loads(head, buffers=buffers)
+    except ModuleNotFoundError as error:
+        raise DeserializationError(
+            f"{what} needs the module {error.name!r}, which this process does not have; install it on every worker"
+        ) from error
+    except Exception as error:
+        raise DeserializationError(f"{what} cannot be unpickled here: {type(error).__name__}: {error}") from error
+
+
+def loads_inline(data: bytes, what: str = "object") -> Any:
+    """Unpickle what `Frames.inline` made; each call makes a new, writable object."""
+    if data[:1] == PLAIN:
+        return loads(memoryview(data)[1:], (), what)
+    if data[:1] != FRAMED or len(data) < 5:
+        raise DeserializationError(f"{what}: these bytes are not a stored object")
+    (count,) = _COUNT.unpack_from(data, 1)
+    at = 5 + 8 * count
+    parts = []
+    for i in range(count):
+        (size,) = _LENGTH.unpack_from(data, 5 + 8 * i)
+        parts.append(memoryview(data)[at : at + size])
+        at += size
+    if at != len(data):
+        raise DeserializationError(f"{what}: {len(data)} bytes stored, {at} expected")
+    return loads(parts[0], [bytearray(p) for p in parts[1:]], what)
