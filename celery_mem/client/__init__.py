@@ -1,0 +1,1 @@
+"""What a user touches: Client, Future, wait, as_completed, progress."""

@@ -1,0 +1,754 @@
+"""Client: submit calls and Dask collections, hold their results, get them back."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import dask
+
+from celery_mem.client import current
+from celery_mem.client.future import Future, text_of_future
+from celery_mem.client.session import Session
+from celery_mem.client.states import CANCELLED, ERROR, FINAL, Countdown, KeyState, seconds_left, unwatch, watch
+from celery_mem.client.submission import Submission
+from celery_mem.config import Settings, mask_url
+from celery_mem.errors import (
+    ConfigError,
+    DataLostError,
+    FutureCancelledError,
+    MissingKeyError,
+    UnboundFutureError,
+)
+from celery_mem.graph import collections as lowering
+from celery_mem.graph.calls import encode_call, encode_function, name_of, token_of
+from celery_mem.graph.errors import decode_error
+from celery_mem.graph.keys import Key, key_of, text_of
+from celery_mem.graph.tickets import make_app, send_tickets
+from celery_mem.memory import blobs
+from celery_mem.memory.serialize import dumps, loads_inline
+from celery_mem.state.store import NewData, Tickets
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_mem.local import LocalCluster
+
+log = logging.getLogger("celery_mem.client")
+
+Priority = int | float
+
+
+class Client:
+    """A process's connection to a cluster: what it submits is held until its futures are gone.
+
+    Args:
+        address: URL of the cluster's Redis, or a LocalCluster, or a Celery app with celery-mem installed. None
+            takes `app`, else `CELERY_MEM_URL` or `REDIS_URL`, else starts a LocalCluster, closed with this client.
+        app: the Celery app through which tickets are sent, where its broker is not that Redis.
+        namespace: which graph on that Redis; default the `mem_namespace` setting.
+        set_as_default: make `x.compute()` and `dask.compute(...)` go through this client.
+        name: beginning of the client's id, for people.
+        timeout: seconds to wait for Redis.
+        settings: further `mem_*` settings, without the prefix.
+    Raises:
+        ConfigError: the address is none, or a setting is wrong.
+        RedisUnavailableError: no Redis there, a wrong password, or a version before 6.2.
+    """
+
+    asynchronous = False  # Dask asks
+
+    def __init__(
+        self,
+        address: str | LocalCluster | Celery | None = None,
+        *,
+        app: Celery | None = None,
+        namespace: str | None = None,
+        set_as_default: bool = True,
+        name: str | None = None,
+        timeout: float = 10.0,
+        **settings: Any,
+    ) -> None:
+        self.cluster: LocalCluster | None = None
+        self._own_cluster = False
+        url, namespace, app = self._resolve(address, namespace, app)
+        try:
+            loaded = Settings.load(app, url=url, namespace=namespace, **settings)
+            self.settings = loaded
+            self._app = app
+            self._app_lock = threading.Lock()
+            self._session = Session(
+                loaded, name or f"client-{os.getpid()}", self._send_tickets, first_timeout=timeout
+            )
+        except BaseException:
+            if self._own_cluster and self.cluster is not None:
+                self.cluster.close()
+            raise
+        self.pid = os.getpid()
+        self._callbacks: queue.SimpleQueue[tuple[Callable[[Future], Any], Future] | None] | None = None
+        self._unique = f"{uuid.uuid4().hex[:12]}"
+        self._numbers = itertools.count()
+        self._token: Any = None
+        if set_as_default:
+            current.set_default(self)
+        self._finalizer = weakref.finalize(self, _close_parts, self._session, self.cluster if self._own_cluster else None)
+
+    def _resolve(
+        self, address: Any, namespace: str | None, app: Celery | None
+    ) -> tuple[str | None, str | None, Celery | None]:
+        from celery_mem.local import LocalCluster
+
+        if address is not None and hasattr(address, "send_task"):
+            return None, namespace, address
+        if address is None and app is None and not (os.environ.get("CELERY_MEM_URL") or os.environ.get("REDIS_URL")):
+            address = LocalCluster(namespace=namespace or "mem")
+            self._own_cluster = True
+        if isinstance(address, LocalCluster):
+            self.cluster = address
+            return address.url, namespace or address.namespace, app
+        if address is not None and not isinstance(address, str):
+            raise ConfigError(f"an address is a URL, a LocalCluster or a Celery app, not {address!r}")
+        return address, namespace, app
+
+    @classmethod
+    def current(cls) -> Client:
+        """Return the client of this context: `with client:`, else the newest default, else the worker's own.
+
+        Raises:
+            UnboundFutureError: there is none.
+        """
+        client = current.find_client()
+        if client is None:
+            raise UnboundFutureError("there is no client in this process; make one: Client(url)")
+        return client
+
+    # --- submit ---
+
+    def submit(
+        self,
+        func: Callable[..., Any],
+        *args: Any,
+        key: Key | None = None,
+        pure: bool = True,
+        retries: int = 0,
+        priority: Priority = 0,
+        **kwargs: Any,
+    ) -> Future:
+        """Run `func(*args, **kwargs)` on the cluster.
+
+        Futures among the arguments, nested in containers or in other objects too, are dependencies: in containers
+        their results arrive, in other objects the futures themselves, bound to a client of the worker.
+
+        Args:
+            key: name of the task. A key that exists already is not run again, whatever `func` is: the first call
+                under a key counts for as long as anybody holds it.
+            pure: equal calls share one key and run once. False gives a new key.
+            retries: how often to run again after an exception, without delay.
+            priority: higher runs first, before the order of submission.
+        Raises:
+            SerializationError: the function or an argument cannot be pickled.
+            FutureCancelledError: an argument was cancelled.
+            StoreFullError: Redis is full; nothing was submitted.
+        """
+        if not callable(func):
+            raise TypeError(f"submit wants a function and its arguments, not {func!r}")
+        function = encode_function(func)
+        if key is None:
+            token = token_of(function, args, kwargs, self._text_of) if pure else self._fresh_token()
+            key = f"{function.name}-{token}"
+        text = text_of(key)
+        with Submission(self, priority=priority, retries=retries) as submission:
+            state, new = submission.refer(text)
+            if new:
+                payload = encode_call(args, kwargs, Future, self._text_of)
+                submission.add(text, function, payload)
+        return self._future(key, state)
+
+    def map(
+        self,
+        func: Callable[..., Any],
+        *iterables: Collection[Any],
+        key: str | Sequence[Key] | None = None,
+        pure: bool = True,
+        retries: int = 0,
+        priority: Priority = 0,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> list[Future]:
+        """Run `func` on the items of the iterables, side by side, as the builtin `map` does.
+
+        Args:
+            key: a prefix for the keys, or one key per call.
+            batch_size: ignored; tasks always go to Redis in chunks.
+            kwargs: given to every call.
+        Raises:
+            TypeError: an argument is an iterator or a queue, whose end nobody knows.
+        """
+        if not callable(func):
+            raise TypeError(f"map wants a function and iterables, not {func!r}")
+        for it in iterables:
+            if isinstance(it, Iterator | queue.Queue):
+                raise TypeError(f"map wants lists or other collections, not the iterator {it!r}; use list(...)")
+        calls = list(zip(*iterables, strict=False))
+        if not calls:
+            return []
+        function = encode_function(func)
+        prefix = key if isinstance(key, str) else function.name
+        keys: Sequence[Key]
+        if key is not None and not isinstance(key, str):
+            if len(key) != len(calls):
+                raise ValueError(f"{len(key)} keys were given for {len(calls)} calls")
+            keys = list(key)
+        elif pure:
+            keys = [f"{prefix}-{token_of(function, args, kwargs, self._text_of)}" for args in calls]
+        else:
+            keys = [f"{prefix}-{self._fresh_token()}" for _ in calls]
+        futures = []
+        with Submission(self, priority=priority, retries=retries) as submission:
+            for args, k in zip(calls, keys, strict=True):
+                text = text_of(k)
+                state, new = submission.refer(text)
+                if new:
+                    submission.add(text, function, encode_call(args, kwargs, Future, self._text_of))
+                futures.append(self._future(k, state))
+        return futures
+
+    def compute(
+        self,
+        collections: Any,
+        *args: Any,
+        sync: bool = False,
+        optimize_graph: bool = True,
+        traverse: bool = True,
+        retries: int = 0,
+        priority: Priority = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Start computing Dask collections; one future for each.
+
+        Args:
+            collections: a collection, or a list, tuple or set of them; further ones may follow. What is no collection
+                is returned as it is, but a container with collections in it becomes one future.
+            sync: wait, and return results instead of futures.
+            optimize_graph: let Dask optimize first.
+            traverse: look for collections inside containers.
+        Returns:
+            a future for one collection, a list for several.
+        """
+        _refuse(kwargs, "compute")
+        single = not args and not isinstance(collections, (list, tuple, set, frozenset))
+        items = [collections] if single else [*(collections if not args else (collections, *args))]
+        if traverse:
+            items = [dask.delayed(x) if _has_collections(x) else x for x in items]
+        members = [x for x in items if lowering.is_dask_collection(x)]
+        lowered = lowering.lower(members, finalize=True, optimize_graph=optimize_graph)
+        futures = iter(self._submit_lowered(lowered, lowered.final_keys, retries, priority))
+        out = [next(futures) if lowering.is_dask_collection(x) else x for x in items]
+        answer = out[0] if single else out
+        return self.gather(answer) if sync else answer
+
+    def persist(
+        self,
+        collections: Any,
+        *args: Any,
+        optimize_graph: bool = True,
+        retries: int = 0,
+        priority: Priority = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Start computing Dask collections and keep their parts on the cluster.
+
+        Returns:
+            collections like the ones given, whose graphs hold one future per part and nothing else: the data stays
+            for as long as they, or what is derived from them, live.
+        Raises:
+            AssertionError: an argument is no Dask collection.
+        """
+        _refuse(kwargs, "persist")
+        single = not args and not isinstance(collections, (list, tuple, set, frozenset))
+        items = [collections] if single else [*(collections if not args else (collections, *args))]
+        for x in items:
+            if not lowering.is_dask_collection(x):
+                raise AssertionError(f"persist wants Dask collections, not {type(x).__qualname__}")
+        lowered = lowering.lower(items, finalize=False, optimize_graph=optimize_graph)
+        flat = list(dict.fromkeys(itertools.chain.from_iterable(lowered.outputs)))
+        futures = dict(zip(flat, self._submit_lowered(lowered, flat, retries, priority), strict=True))
+        out = [
+            lowering.rebuild_persisted(x, {k: futures[k] for k in keys})
+            for x, keys in zip(lowered.optimized, lowered.outputs, strict=True)
+        ]
+        return out[0] if single else out
+
+    def get(
+        self, dsk: Any, keys: Any, *, sync: bool = True, retries: int = 0, priority: Priority = 0, **kwargs: Any
+    ) -> Any:
+        """Compute keys of a raw Dask graph; what Dask calls for `x.compute()`.
+
+        Args:
+            dsk: a graph: dict, HighLevelGraph or expression.
+            keys: a key, or lists of keys, nested to any depth.
+            sync: wait and return results; False returns futures.
+            kwargs: options meant for Dask's own schedulers, without effect.
+        Returns:
+            results (or futures) in the nesting of `keys`.
+        Raises:
+            GraphCycleError: the graph has a cycle.
+            MissingKeyError: it names a key that is neither in it nor held.
+        """
+        lowered = lowering.lower_graph(dsk, keys, live=_LiveKeys(self._session))
+        wanted = list(dict.fromkeys(lowered.outputs[0]))
+        futures = dict(zip(wanted, self._submit_lowered(lowered, wanted, retries, priority), strict=True))
+        if not sync:
+            return lowering.nest(keys, futures)
+        results = dict(zip(wanted, self.gather(list(futures.values())), strict=True))
+        return lowering.nest(keys, results)
+
+    def _submit_lowered(
+        self, lowered: lowering.Lowered, outputs: Sequence[Key], retries: int, priority: Priority
+    ) -> list[Future]:
+        submission = Submission(
+            self, priority=priority, retries=retries, annotations=lowered.annotations
+        )
+        with submission:
+            texts = submission.add_graph(lowered, outputs)
+        return [self._future(key, submission.states[text]) for key, text in zip(outputs, texts, strict=True)]
+
+    def scatter(self, data: Any, *, hash: bool = True) -> Any:
+        """Put data on the cluster; it is pinned as long as its futures live, and cannot be made again if lost.
+
+        Args:
+            data: a list, tuple or set gives the same of futures, a dict one with futures for values, under its own
+                keys; anything else is one object.
+            hash: equal objects share a key; False gives each a new one.
+        """
+        if type(data) is dict:
+            return self._scatter(list(data.items()))
+        if type(data) in (list, tuple, set, frozenset):
+            futures = self._scatter([(self._data_key(x, hash), x) for x in data])
+            return type(data)(futures.values()) if len(futures) == len(data) else type(data)(
+                futures[self._data_key(x, hash)] for x in data
+            )
+        key = self._data_key(data, hash)
+        return self._scatter([(key, data)])[key]
+
+    def _data_key(self, x: Any, by_hash: bool) -> str:
+        from dask.tokenize import tokenize
+
+        return f"{name_of(type(x))}-{tokenize(x) if by_hash else self._fresh_token()}"
+
+    def _scatter(self, items: Sequence[tuple[Key, Any]]) -> dict[Key, Future]:
+        out: dict[Key, Future] = {}
+        session = self._session
+        for key, value in items:
+            text = text_of(key)
+            frames = dumps(value, f"data {key!r}")
+            with session.lock:
+                epoch = session.next_epoch()
+                state, new = session.refer(text, epoch)
+            out[key] = self._future(key, state)
+            if not new:
+                continue
+            kind: str
+            data: bytes | str
+            if frames.nbytes <= self.settings.inline_limit:
+                kind, data = "v", frames.inline()
+            else:
+                kind, data = "b", f"{session.id}.{next(self._numbers)}"
+                self.write_blob(data, text, frames)
+            try:
+                session.put(
+                    [NewData(text, frames.nbytes, type(value).__qualname__, kind, data, frames.contains)], epoch, ()
+                )
+            except BaseException as error:
+                session.forget([state], str(error))
+                raise
+        return out
+
+    def write_blob(self, token: str, text: str, frames: Any) -> None:
+        """Store a large object ahead of the call that refers to it."""
+        name = self._session.store.keys.blob(token, text)
+        commands = blobs.write_commands(
+            name, frames, piece_bytes=self.settings.piece_bytes, lease_s=self.settings.blob_lease
+        )
+        self._session.write(commands)
+
+    # --- results ---
+
+    def gather(self, futures: Any, *, errors: str = "raise", timeout: float | None = None) -> Any:
+        """Wait for futures and return their results in the same nesting.
+
+        Args:
+            futures: a future, or lists, tuples, sets and dicts of them, nested to any depth.
+            errors: "raise" raises the first failure in order; "skip" leaves failed ones out of lists, and puts None
+                in their place in dicts.
+            timeout: seconds for the whole call; None waits without end.
+        Raises:
+            TimeoutError: the tasks go on; call again.
+            ForeignFutureError: a future of another client.
+        """
+        if errors not in ("raise", "skip"):
+            raise ValueError(f'errors is "raise" or "skip", not {errors!r}')
+        flat: dict[int, Future] = {}
+        _collect(futures, flat)
+        for future in flat.values():
+            if future._client is not self:
+                text_of_future(future, self)  # raises the fitting error
+        states = [f._bound()[1] for f in flat.values()]
+        self._wait(states, timeout, "gather")
+        results: dict[int, Any] = {}
+        for (i, future), state in zip(flat.items(), states, strict=True):
+            if errors == "skip" and state.status in (ERROR, CANCELLED):
+                continue
+            results[i] = self._value(state, future.key)
+        return _arrange(futures, results)
+
+    def result_of(self, state: KeyState, key: Key, timeout: float | None) -> Any:
+        """Wait for one key and return its result."""
+        if state.status not in FINAL:
+            self._wait([state], timeout, f"the result of {key!r}")
+        return self._value(state, key)
+
+    def error_of(
+        self, state: KeyState, key: Key, timeout: float | None
+    ) -> tuple[BaseException | None, TracebackType | None]:
+        """Wait for one key and return its error and traceback, or None twice."""
+        self._wait([state], timeout, f"the outcome of {key!r}")
+        if state.status == CANCELLED:
+            self.raise_cancelled(state, key)
+        return self._decoded_error(state, key) if state.status == ERROR else (None, None)
+
+    def raise_cancelled(self, state: KeyState, key: Key) -> None:
+        """Raise the error of a cancelled future."""
+        raise FutureCancelledError(key, state.reason)
+
+    def _wait(self, states: Sequence[KeyState], timeout: float | None, what: str) -> None:
+        session = self._session
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with session.lock:
+                pending = [s for s in states if s.status not in FINAL]
+                if not pending:
+                    return
+                session.check_open()
+                countdown = Countdown(len(pending))
+                watch(pending, countdown)
+            if not countdown.wait(seconds_left(deadline)):
+                with session.lock:
+                    unwatch(pending, countdown)
+                raise TimeoutError(f"{what}: {countdown.left} of {len(states)} tasks not done after {timeout} s")
+
+    def _value(self, state: KeyState, key: Key) -> Any:
+        if state.status == ERROR:
+            error, tb = self._decoded_error(state, key)
+            assert error is not None
+            raise error.with_traceback(tb)
+        if state.status == CANCELLED:
+            self.raise_cancelled(state, key)
+        if state.data is not None:
+            return loads_inline(state.data, f"the result of {key!r}")
+        return self._fetch(state.text, key)
+
+    def _fetch(self, text: str, key: Key) -> Any:
+        found, value = self._session.fetch(text, f"the result of {key!r}")
+        if not found:
+            raise DataLostError(key, "its data is not in Redis any more")
+        return value
+
+    def _decoded_error(self, state: KeyState, key: Key) -> tuple[BaseException, TracebackType | None]:
+        if not state.error:
+            return DataLostError(key), None
+        return decode_error(state.error)
+
+    def call_when_done(self, future: Future, state: KeyState, fn: Callable[[Future], Any]) -> None:
+        """Run `fn(future)` in the callback thread when the key is final."""
+        with self._session.lock:
+            if self._callbacks is None:
+                self._callbacks = queue.SimpleQueue()
+                threading.Thread(
+                    target=_run_callbacks, args=(self._callbacks,), name="celery-mem-callbacks", daemon=True
+                ).start()
+            calls = self._callbacks
+            if state.status in FINAL:
+                calls.put((fn, future))
+            else:
+                watch([state], lambda _: calls.put((fn, future)))
+
+    # --- futures ---
+
+    def future(self, key: Key | Future) -> Future:
+        """Return a future of an existing key, or of another client's future; this client holds it too.
+
+        Raises:
+            MissingKeyError: there is no such task.
+        """
+        if isinstance(key, Future):
+            key = key.key
+        future = Future(key, self)
+        if future.status == CANCELLED:
+            raise MissingKeyError(key, "Client.future")
+        return future
+
+    def hold_future(self, future: Future) -> None:
+        """Bind an unbound future to this client."""
+        text = text_of(future.key)
+        session = self._session
+        with session.lock:
+            epoch = session.next_epoch()
+            state, new = session.refer(text, epoch)
+        future.attach(self, state)
+        if new:
+            try:
+                unknown = session.hold([text], epoch)
+            except BaseException as error:
+                session.forget([state], str(error))
+                raise
+            if unknown:
+                session.forget([state], "there is no task of this key: it was released before this client held it")
+
+    def _future(self, key: Key, state: KeyState) -> Future:
+        future = Future(key)
+        future.attach(self, state)
+        return future
+
+    def release_later(self, state: KeyState) -> None:
+        """Count one future of a key less; safe to call from a finalizer."""
+        self._session.release_later(state)
+
+    def cancel(self, futures: Any, *, force: bool = False, reason: str = "") -> None:
+        """Cancel tasks, and those that depend on them, as far as no other client holds them.
+
+        Work that has not started does not start; the result of a running task is discarded. The futures here are
+        cancelled when this returns. Submitting again runs anew.
+
+        Args:
+            futures: a future, a collection, or containers of them.
+            force: cancel also what other clients hold; their futures say so.
+            reason: part of the error that `result()` raises.
+        """
+        found = lowering.futures_of(futures)
+        texts = list(dict.fromkeys(text_of(f.key) for f in found))
+        if texts:
+            self._session.cancel(texts, force, reason)
+
+    def retry(self, futures: Any) -> None:
+        """Run failed tasks again, with the failed inputs behind them."""
+        texts = list(dict.fromkeys(text_of_future(f, self) for f in lowering.futures_of(futures)))
+        if texts:
+            self._session.retry(texts)
+
+    def _text_of(self, future: Future) -> str:
+        return text_of_future(future, self)
+
+    def _fresh_token(self) -> str:
+        return f"{self._unique}{next(self._numbers):08x}"
+
+    def next_blob_token(self) -> str:
+        """Return a name for a new blob of this client."""
+        return f"{self._session.id}.{next(self._numbers)}"
+
+    # --- the cluster ---
+
+    @property
+    def id(self) -> str:
+        """Name of this client among the holders."""
+        return self._session.id
+
+    @property
+    def session(self) -> Session:
+        """The connection; for this package's own use."""
+        return self._session
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._session.closed
+
+    def info(self) -> dict[str, Any]:
+        """Describe the cluster: Redis, nodes, queues, tasks by state, bytes, clients; see `namespace_status`."""
+        from celery_mem.state.inspect import namespace_status
+
+        return namespace_status(self._session.store)
+
+    def who_has(self, futures: Any = None) -> dict[Key, list[str]]:
+        """Return where the results of futures are: a list of places for each key, empty while there is none."""
+        texts = self._texts(futures)
+        states = self._session.task_fields(texts, "state")
+        return {
+            key_of(t): ["redis"] if s and s[0] == b"memory" else [] for t, s in zip(texts, states, strict=True)
+        }
+
+    def nbytes(self, keys: Any = None, summary: bool = True) -> dict[Any, int]:
+        """Return the stored size of results in bytes, per key, or per key prefix where `summary` is asked for."""
+        from dask.utils import key_split
+
+        texts = self._texts(keys)
+        out: dict[Any, int] = {}
+        for text, (size,) in zip(texts, self._session.task_fields(texts, "nbytes"), strict=True):
+            if size is not None:
+                key: Any = key_split(key_of(text)) if summary else key_of(text)
+                out[key] = out.get(key, 0) + int(size)
+        return out
+
+    def processing(self) -> dict[str, list[Key]]:
+        """Return the keys that each node is running now."""
+        return {node: [key_of(t) for t in texts] for node, texts in self._session.processing().items()}
+
+    def ncores(self) -> dict[str, int]:
+        """Return the number of slots of each node."""
+        return {name: node["slots"] for name, node in self.info()["nodes"].items()}
+
+    def wait_for_workers(self, n_workers: int = 1, timeout: float | None = None) -> None:
+        """Wait until nodes have joined.
+
+        Raises:
+            TimeoutError: fewer came in time.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (found := self._session.count_nodes()) < n_workers:
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"{found} of {n_workers} nodes after {timeout} s")
+            if self.cluster is not None:
+                self.cluster.check()
+            time.sleep(0.05)
+
+    def _texts(self, futures: Any) -> list[str]:
+        if futures is None:
+            with self._session.lock:
+                return list(self._session.states)
+        if isinstance(futures, (str, tuple, int)) and not isinstance(futures, Future):
+            return [text_of(futures)]
+        found = lowering.futures_of(futures)
+        if not found and isinstance(futures, (list, set)):
+            return [text_of(k) for k in futures]
+        return list(dict.fromkeys(text_of(f.key) for f in found))
+
+    def _send_tickets(self, tickets: Tickets) -> None:
+        if not tickets.ids:
+            return
+        with self._app_lock:
+            if self._app is None:
+                self._app = make_app(self.settings)
+            send_tickets(self._app, tickets)
+
+    # --- life ---
+
+    def as_current(self) -> Any:
+        """Return a context manager in which this is `Client.current()`."""
+        return _Current(self)
+
+    def close(self) -> None:
+        """Release all futures and disconnect; a cluster that this client started ends too. Harmless when repeated."""
+        current.remove(self)
+        if self._callbacks is not None:
+            self._callbacks.put(None)
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        self._token = current._context.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._token is not None:
+            current._context.reset(self._token)
+            self._token = None
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<Client: closed>"
+        return f"<Client {self.id}: {mask_url(self.settings.url)!r}, namespace {self.settings.namespace!r}>"
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "id": self.id,
+            "address": "closed" if self.closed else mask_url(self.settings.url),
+            "namespace": self.settings.namespace,
+            "futures": str(len(self._session.states)),
+        }
+        cells = "".join(f"<tr><th>{n}</th><td>{html.escape(t)}</td></tr>" for n, t in rows.items())
+        return f"<table><caption>Client</caption>{cells}</table>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a client cannot be pickled; use Client.current() inside the task")
+
+
+class _Current:
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._tokens: list[Any] = []
+
+    def __enter__(self) -> Client:
+        self._tokens.append(current._context.set(self.client))
+        return self.client
+
+    def __exit__(self, *_: object) -> None:
+        current._context.reset(self._tokens.pop())
+
+
+class _LiveKeys:
+    """The keys that a session holds, as a container of Dask keys."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __contains__(self, key: Any) -> bool:
+        return text_of(key) in self.session.states
+
+
+def _close_parts(session: Session, cluster: LocalCluster | None) -> None:
+    session.close()
+    if cluster is not None:
+        cluster.close()
+
+
+def _refuse(kwargs: Mapping[str, Any], method: str) -> None:
+    if kwargs:
+        raise TypeError(f"{method}() got unexpected arguments: {', '.join(kwargs)}")
+
+
+def _has_collections(x: Any) -> bool:
+    return isinstance(x, (list, tuple, set, dict)) and bool(lowering.unpack([x])[0])
+
+
+def _run_callbacks(calls: queue.SimpleQueue[tuple[Callable[[Future], Any], Future] | None]) -> None:
+    while (item := calls.get()) is not None:
+        fn, future = item
+        try:
+            fn(future)
+        except Exception:
+            log.exception("a callback of %r failed", future)
+
+
+def _collect(x: Any, into: dict[int, Future]) -> None:
+    if isinstance(x, Future):
+        into[id(x)] = x
+    elif isinstance(x, dict):
+        for v in x.values():
+            _collect(v, into)
+    elif isinstance(x, (list, tuple, set, frozenset)):
+        for v in x:
+            _collect(v, into)
+
+
+def _arrange(x: Any, results: Mapping[int, Any]) -> Any:
+    """Put results where the futures are; a failed one, which has none, is left out of lists."""
+    if isinstance(x, Future):
+        return results.get(id(x))
+    if isinstance(x, dict):
+        return {k: _arrange(v, results) for k, v in x.items()}
+    if isinstance(x, (list, tuple, set, frozenset)):
+        items: Iterable[Any] = (
+            _arrange(v, results) for v in x if not (isinstance(v, Future) and id(v) not in results)
+        )
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)  # type: ignore[call-arg]
+    return x

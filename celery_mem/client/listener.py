@@ -1,0 +1,84 @@
+"""The listener: one thread that reads the client's notices and brings its key states up to date."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from celery_mem.client.states import CANCELLED, ERROR, FINISHED, PENDING, KeyState
+from celery_mem.errors import CeleryMemError
+from celery_mem.state.link import Link
+
+if TYPE_CHECKING:
+    from celery_mem.client.session import Session
+
+log = logging.getLogger("celery_mem.client")
+
+BLOCK_MS = 10_000
+PAGE = 1_000
+
+
+class Listener(threading.Thread):
+    """Reads the notices stream of one client. Nothing is lost over a reconnect: it goes on where it stopped."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(name="celery-mem-listener", daemon=True)
+        self.session = session
+        self.link = Link.connect(session.settings.replace(retry_timeout=5.0), blocking=True)
+        self._stream = session.store.keys.of("notices", session.id)
+        self._last = "0-0"
+
+    def run(self) -> None:
+        """Read until the session closes."""
+        session = self.session
+        while not session.closed:
+            try:
+                entries = self._read()
+            except CeleryMemError as error:
+                log.warning("notices of %s wait: %s", session.id, error)
+                time.sleep(0.2)
+                continue
+            except Exception:
+                if not session.closed:
+                    log.exception("notices of %s cannot be read", session.id)
+                    time.sleep(1.0)
+                continue
+            if entries:
+                session.apply([fields for _, fields in entries])
+
+    def _read(self) -> list[Any]:
+        commands: list[tuple[Any, ...]] = []
+        if self._last != "0-0":
+            ms, _, seq = self._last.partition("-")
+            commands.append(("XTRIM", self._stream, "MINID", f"{ms}-{int(seq) + 1}"))
+        commands.append(("XREAD", "COUNT", PAGE, "BLOCK", BLOCK_MS, "STREAMS", self._stream, self._last))
+        reply = self.link.batch(commands)[-1]
+        if not reply:
+            return []
+        entries: list[Any] = reply[0][1]
+        self._last = entries[-1][0].decode()
+        return entries
+
+    def stop(self) -> None:
+        """Wake the thread out of its read."""
+        self.link.abort()
+
+
+def apply_notice(state: KeyState, code: int, body: bytes) -> bool:
+    """Change `state` as a notice says; returns whether it is final now."""
+    if code == ord("m"):
+        state.status, state.data = FINISHED, body
+    elif code == ord("M"):
+        state.status, state.data = FINISHED, None
+    elif code == ord("e"):
+        state.status, state.error = ERROR, body
+    elif code == ord("l"):
+        state.status, state.error = ERROR, b""
+    elif code == ord("c"):
+        state.status, state.reason = CANCELLED, body.decode()
+    else:
+        state.status, state.data, state.error = PENDING, None, b""
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""What a client knows of each key it holds, shared by all its futures of that key."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+PENDING, FINISHED, ERROR, CANCELLED, LOST = "pending", "finished", "error", "cancelled", "lost"
+FINAL = frozenset({FINISHED, ERROR, CANCELLED})
+
+
+class KeyState:
+    """One held key. Changed under the client's lock, read anywhere.
+
+    Attributes:
+        text: key text.
+        epoch: the client's number for the call that took the hold; notices with another one are of an earlier hold.
+        refs: live futures. Invariant: the key leaves the client's table when this reaches 0.
+        status: pending, finished, error, cancelled or lost.
+        data: the inline result, if the notice brought it.
+        error: bytes of the error.
+        reason: why it was cancelled.
+    """
+
+    __slots__ = ("data", "epoch", "error", "reason", "refs", "status", "text", "watchers")
+
+    def __init__(self, text: str, epoch: int) -> None:
+        self.text = text
+        self.epoch = epoch
+        self.refs = 0
+        self.status = PENDING
+        self.data: bytes | None = None
+        self.error = b""
+        self.reason = ""
+        self.watchers: list[Callable[[KeyState], Any]] | None = None
+
+
+class Countdown:
+    """Waits until a number of keys is final. Call it with the client's lock held."""
+
+    __slots__ = ("_event", "left")
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self._event = threading.Event()
+
+    def __call__(self, state: KeyState) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            self._event.set()
+
+    def wait(self, timeout: float | None) -> bool:
+        """Return whether the count reached 0 in time."""
+        return self._event.wait(timeout)
+
+
+def watch(states: Iterable[KeyState], watcher: Callable[[KeyState], Any]) -> None:
+    """Call `watcher` once for each state when it becomes final. The caller holds the client's lock."""
+    for state in states:
+        if state.watchers is None:
+            state.watchers = [watcher]
+        else:
+            state.watchers.append(watcher)
+
+
+def unwatch(states: Iterable[KeyState], watcher: Callable[[KeyState], Any]) -> None:
+    """Undo `watch`. The caller holds the client's lock."""
+    for state in states:
+        if state.watchers and watcher in state.watchers:
+            state.watchers.remove(watcher)
+
+
+def seconds_left(deadline: float | None) -> float | None:
+    """Return what is left until a deadline of `time.monotonic`, at least 0; None stays None."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

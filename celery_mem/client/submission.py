@@ -1,0 +1,206 @@
+"""One call that submits tasks: collects them, and sends them in chunks when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from celery_mem.client.states import KeyState
+from celery_mem.errors import MissingKeyError, UnknownDependencyError, UnknownFunctionError
+from celery_mem.graph import collections as lowering
+from celery_mem.graph.calls import Function, Payload, encode_function, encode_node
+from celery_mem.graph.keys import Key, key_of, text_of
+from celery_mem.graph.nodes import is_node
+from celery_mem.memory.serialize import Frames
+from celery_mem.state.store import NewTask
+
+if TYPE_CHECKING:
+    from celery_mem.client.client import Client
+
+CHUNK_TASKS = 500
+CHUNK_BYTES = 4 << 20
+LARGE_PAYLOAD = 1 << 20
+LAST_ORDER = (1 << 24) - 1
+
+Chunk = tuple[list[NewTask], list[tuple[str, bytes]], list[Any]]
+
+
+class Submission:
+    """Tasks of one call. Used as a context: the keys it refers to are given up again if the block fails.
+
+    Args:
+        client: whose call it is.
+        priority, retries: for all tasks, where annotations do not say otherwise.
+        annotations: name -> {key: value}, of Dask.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        priority: float = 0,
+        retries: int = 0,
+        annotations: Mapping[str, Mapping[Key, Any]] | None = None,
+    ) -> None:
+        self.client = client
+        self.states: dict[str, KeyState] = {}
+        self._new: list[KeyState] = []
+        self._session = client.session
+        self._priority = priority
+        self._retries = retries
+        self._annotations = annotations or {}
+        self._tasks: list[NewTask] = []
+        self._functions: dict[str, Function] = {}
+        self._loans: list[str] = []
+        self._epoch = 0
+
+    def refer(self, text: str) -> tuple[KeyState, bool]:
+        """Count a future of `text`; returns its state and whether this call must submit it."""
+        with self._session.lock:
+            state, new = self._session.refer(text, self._epoch)
+        self.states[text] = state
+        if new:
+            self._new.append(state)
+        return state, new
+
+    def add(self, text: str, function: Function, payload: Payload, *, hold: bool = True, key: Key | None = None) -> None:
+        """Add a task."""
+        self._functions[function.hash] = function
+        data, blob = payload.data, ""
+        if len(data) > LARGE_PAYLOAD:
+            blob = self.client.next_blob_token()
+            self.client.write_blob(blob, text, Frames(*_as_frames(data)))
+            data = b""
+        priority, retries = self._priority, self._retries
+        if self._annotations and key is not None:
+            priority = self._annotations.get("priority", {}).get(key, priority)
+            retries = self._annotations.get("retries", {}).get(key, retries)
+        order = min(len(self._tasks), LAST_ORDER)
+        self._tasks.append(
+            NewTask(text, function.hash, data, blob, payload.deps, priority, order, retries, hold)
+        )
+
+    def add_graph(self, lowered: lowering.Lowered, outputs: Sequence[Key]) -> list[str]:
+        """Add the nodes of a graph and hold its outputs; returns their key texts."""
+        out = [text_of(key) for key in outputs]
+        held = dict(zip(out, outputs, strict=True))
+        new: dict[str, bool] = {}
+        for text in out:
+            is_new = self.refer(text)[1]
+            new.setdefault(text, is_new)
+        texts: dict[Key, str] = {}
+        nodes = lowered.nodes
+        self._take_external(lowered, held, new)
+        for key, node in nodes.items():
+            text = texts[key] = text_of(key)
+            deps = []
+            for dep in lowered.dependencies[key]:
+                dep_text = texts.get(dep)
+                deps.append(text_of(dep) if dep_text is None else dep_text)
+            func, args, kwargs = lowering.call_of(node)
+            payload = encode_node(args, kwargs, deps, lowering.TaskRef, is_node, text_of)
+            self.add(text, encode_function(func), payload, hold=text in held and new[text], key=key)
+        return out
+
+    def _take_external(self, lowered: lowering.Lowered, held: Mapping[str, Key], new: Mapping[str, bool]) -> None:
+        """Keys outside the graph must be held by this client already, or their futures say where they are."""
+        for key in lowered.external:
+            text = text_of(key)
+            future = lowered.futures.get(key)
+            if future is not None and future.client is not None:
+                self.client._text_of(future)
+            with self._session.lock:
+                known = text in self._session.states and not new.get(text, False)
+            if known:
+                continue
+            if text in held:
+                unknown = self._session.hold([text], self._epoch)
+                if unknown:
+                    raise MissingKeyError(key, "the call")
+
+    def __enter__(self) -> Self:
+        # Until the tasks are sent nobody else may refer to their keys and send a task that depends on them.
+        self._session.order.acquire()
+        try:
+            self._session.check_open()
+            with self._session.lock:
+                self._epoch = self._session.next_epoch()
+        except BaseException:
+            self._session.order.release()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        try:
+            if error is None:
+                self._send()
+        except BaseException as failure:
+            error = failure
+            raise
+        finally:
+            if error is not None:
+                self._session.forget(self._new, str(error))
+            self._session.order.release()
+
+    def _send(self) -> None:
+        if not self._tasks:
+            return
+        try:
+            self._session.submit(self._chunks(codes=False), self._epoch)
+        except UnknownFunctionError:
+            self._session.submit(self._chunks(codes=True), self._epoch)
+        except UnknownDependencyError as error:
+            dep, _, task = error.detail.partition(" of ")
+            raise MissingKeyError(key_of(dep), key_of(task)) from error
+        if self._loans:
+            self._session.drop_loans(self._loans)
+        self._session.known_functions.update(self._functions)
+
+    def _chunks(self, *, codes: bool) -> Iterator[Chunk]:
+        """Cut the tasks into chunks. What a later chunk depends on is held until all are sent."""
+        tasks = self._tasks
+        cuts = list(_cuts(tasks))
+        if len(cuts) > 1:
+            tasks = self._with_loans(tasks, cuts)
+        sent: set[str] = set()
+        for start, end in cuts:
+            chunk = tasks[start:end]
+            functions = []
+            for name in dict.fromkeys(t.function for t in chunk):
+                function = self._functions[name]
+                known = not codes and (name in sent or name in self._session.known_functions)
+                functions.append((name, b"" if known else function.code))
+                sent.add(name)
+            yield chunk, functions, []
+
+    def _with_loans(self, tasks: list[NewTask], cuts: list[tuple[int, int]]) -> list[NewTask]:
+        chunk_of = {t.key: i for i, (start, end) in enumerate(cuts) for t in tasks[start:end]}
+        needed_later = set()
+        for task in tasks:
+            if task.deps:
+                mine = chunk_of[task.key]
+                for dep in task.deps:
+                    if chunk_of.get(dep, mine) < mine:
+                        needed_later.add(dep)
+        self._loans = [t.key for t in tasks if not t.hold and t.key in needed_later]
+        loans = set(self._loans)
+        return [t._replace(hold=True) if t.key in loans else t for t in tasks] if loans else tasks
+
+
+def _cuts(tasks: Sequence[NewTask]) -> Iterator[tuple[int, int]]:
+    start, size = 0, 0
+    for i, task in enumerate(tasks):
+        size += len(task.payload)
+        if i - start >= CHUNK_TASKS or (size > CHUNK_BYTES and i > start):
+            yield start, i
+            start, size = i, len(task.payload)
+    yield start, len(tasks)
+
+
+def _as_frames(data: bytes) -> tuple[bytes, list[memoryview], tuple[str, ...]]:
+    """A payload as one pickled bytes object, so that a blob's reader gets it back as it is."""
+    import pickle
+
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(pickle.PickleBuffer(data), protocol=5, buffer_callback=buffers.append)
+    return head, [b.raw() for b in buffers], ()
