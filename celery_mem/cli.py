@@ -1,0 +1,304 @@
+"""The command line: `celery-mem …`, and `celery -A app mem …` through Celery's plug-ins.
+
+Every `celery` command imports this module, and a coordinator starts through it; so it imports click alone,
+and each command brings in what it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+    from celery_mem.config import Settings
+    from celery_mem.local import LocalCluster
+    from celery_mem.state.audit import Violation
+    from celery_mem.state.store import Store
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Turns errors whose turn is the user's into one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except click.ClickException:
+            raise
+        except Exception as error:
+            from celery_mem.errors import CeleryMemError
+
+            if isinstance(error, CeleryMemError) or type(error).__module__.startswith("redis."):
+                raise click.ClickException(str(error) or type(error).__name__) from error
+            raise
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+def mem() -> None:
+    """Futures, lineage and Dask graphs on Celery and Redis."""
+
+
+def where(command: Command) -> Command:
+    """Add the options that say which namespace is meant."""
+    command = click.option(
+        "-n", "--namespace", metavar="NAME", help="Prefix of all keys; else $CELERY_MEM_NAMESPACE, else mem."
+    )(command)
+    return click.option(
+        "-u",
+        "--url",
+        metavar="URL",
+        help="Redis that holds the graph; else $CELERY_MEM_URL, the app's mem_url or broker, $REDIS_URL.",
+    )(command)
+
+
+def as_json(command: Command) -> Command:
+    """Add the option for programs."""
+    return click.option("--json", "for_programs", is_flag=True, help="Print JSON for programs.")(command)
+
+
+def load_settings(url: str | None, namespace: str | None) -> Settings:
+    """Return the settings from options, environment and, under `celery -A app mem`, the app."""
+    from celery_mem.config import Settings
+
+    return Settings.load(celery_app(), url=url, namespace=namespace)
+
+
+def celery_app() -> Celery | None:
+    """Return the app under `celery -A app mem` and `celery -b broker mem`, None elsewhere."""
+    root = click.get_current_context().find_root()
+    # Without both, Celery makes up an app whose broker is an amqp:// that nobody named.
+    return root.obj.app if root.params.get("app") or root.params.get("broker") else None
+
+
+def look_at(url: str | None, namespace: str | None) -> Store:
+    """Return a store to read from: nothing is written, so a namespace that does not exist stays so."""
+    from celery_mem.state.link import Link
+    from celery_mem.state.store import Store
+
+    # Somebody waits for the answer, so give up soon when Redis is away.
+    settings = load_settings(url, namespace).replace(retry_timeout=2.0)
+    return Store(Link.connect(settings), settings, generation="")
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+@mem.command()
+@click.option("-w", "--workers", type=click.IntRange(min=0), help="Worker nodes; else one per processor.")
+@click.option(
+    "-t", "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Slots of each worker."
+)
+@click.option(
+    "-P",
+    "--pool",
+    type=click.Choice(["prefork", "threads", "solo"]),
+    default="prefork",
+    show_default=True,
+    help="Celery pool of the workers.",
+)
+@click.option("-c", "--coordinators", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("-n", "--namespace", default="mem", show_default=True, help="Prefix of all keys.")
+@click.option("--restart/--no-restart", default=True, show_default=True, help="Start again what died.")
+@click.option("-q", "--quiet", is_flag=True, help="Keep the output of the processes to files.")
+@as_json
+def local(
+    workers: int | None,
+    threads: int,
+    pool: str,
+    coordinators: int,
+    namespace: str,
+    restart: bool,
+    quiet: bool,
+    for_programs: bool,
+) -> None:
+    """Run a cluster on this machine, with a private Redis, until Ctrl-C."""
+    from celery_mem.local import LocalCluster
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    with (
+        suppress(KeyboardInterrupt),
+        LocalCluster(
+            workers,
+            threads,
+            pool=pool,
+            coordinators=coordinators,
+            namespace=namespace,
+            restart=restart,
+            silence=quiet,
+        ) as cluster,
+    ):
+        _announce(cluster, for_programs)
+        cluster.wait()
+        cluster.check()  # it ended by itself: raises what happened
+
+
+@mem.command()
+@where
+@click.option(
+    "-l",
+    "--loglevel",
+    type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"], case_sensitive=False),
+    default="INFO",
+    show_default=True,
+)
+def coordinator(url: str | None, namespace: str | None, loglevel: str) -> None:
+    """Run the daemon that frees, recovers and calls workers; any number may run, one leads."""
+    import logging
+
+    from celery_mem.coordinator.daemon import run
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=loglevel.upper(),
+        format="[%(asctime)s: %(levelname)s/coordinator] %(message)s",
+    )
+    run(load_settings(url, namespace), celery_app())
+
+
+@mem.command()
+@where
+@as_json
+@click.option("--watch", is_flag=True, help="Show it again and again until Ctrl-C.")
+@click.option("--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="SECONDS")
+def status(url: str | None, namespace: str | None, for_programs: bool, watch: bool, interval: float) -> None:
+    """Show nodes, queues, memory, clients, and tasks by state."""
+    from celery_mem.state.inspect import namespace_status
+
+    store = look_at(url, namespace)
+    if watch:
+        _watch(lambda: namespace_status(store), interval, for_programs)
+    elif for_programs:
+        click.echo(_dump(namespace_status(store)))
+    else:
+        from celery_mem.cli_tables import show_on_terminal, status_tables
+
+        show_on_terminal(status_tables(namespace_status(store)))
+
+
+@mem.command()
+@click.argument("key")
+@where
+@as_json
+def show(key: str, url: str | None, namespace: str | None, for_programs: bool) -> None:
+    """Show one task: its state, holders, dependencies and error.
+
+    KEY is the text of the key, as status and Flower print it: inc-1a2b, or ('x-3c4d', 0, 1).
+    """
+    from celery_mem.state.inspect import describe_task
+
+    store = look_at(url, namespace)
+    task = describe_task(store, key)
+    if task is None:
+        raise click.ClickException(f"no record of {key!r} in namespace {store.keys.namespace!r}")
+    if task["error"] is not None:
+        from celery_mem.graph.errors import error_summary
+
+        task["error"] = dict(zip(("type", "message", "traceback"), error_summary(task["error"]), strict=True))
+    if for_programs:
+        click.echo(_dump(task))
+    else:
+        from celery_mem.cli_tables import show_on_terminal, task_table
+
+        show_on_terminal(task_table(task))
+
+
+@mem.command()
+@where
+@as_json
+@click.option(
+    "--patience",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="TIMES",
+    help="A fault counts if so many readings find it; work that goes on looks inconsistent for a moment.",
+)
+def check(url: str | None, namespace: str | None, for_programs: bool, patience: int) -> None:
+    """Check every rule of the task graph; exit code 1 if one is broken."""
+    from celery_mem.state.inspect import server_facts, server_warnings
+
+    store = look_at(url, namespace)
+    warnings = server_warnings(server_facts(store.link))
+    violations = lasting_violations(store, patience)
+    if for_programs:
+        rows = [violation._asdict() for violation in violations]
+        click.echo(_dump({"ok": not violations, "violations": rows, "warnings": warnings}))
+    else:
+        for warning in warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        for violation in violations:
+            click.echo(str(violation))
+        summary = f"rules broken: {len(violations)}" if violations else "every rule holds"
+        click.echo(f"namespace {store.keys.namespace}: {summary}")
+    if violations:
+        sys.exit(1)
+
+
+def lasting_violations(store: Store, patience: int, pause: float = 0.3) -> list[Violation]:
+    """Audit until a reading finds nothing, at most `patience` times; returns what all of them found."""
+    from celery_mem.state.audit import audit
+
+    lasting = audit(store)
+    for _ in range(patience - 1):
+        if not lasting:
+            break
+        threading.Event().wait(pause)
+        before = {(v.rule, v.key) for v in lasting}
+        lasting = [v for v in audit(store) if (v.rule, v.key) in before]
+    return lasting
+
+
+# --- output -------------------------------------------------------------------------------------------------
+
+
+def _announce(cluster: LocalCluster, for_programs: bool) -> None:
+    if for_programs:
+        news = {"url": cluster.url, "namespace": cluster.namespace, "pids": cluster.pids()}
+        click.echo(json.dumps(news))
+        return
+    click.echo(f"{cluster!r}\nUse it from another terminal:\n\n  export CELERY_MEM_URL={cluster.url}")
+    if cluster.namespace != "mem":
+        click.echo(f"  export CELERY_MEM_NAMESPACE={cluster.namespace}")
+    click.echo("  celery-mem status\n\nCtrl-C stops it.")
+
+
+def _watch(read: Callable[[], dict[str, Any]], interval: float, for_programs: bool) -> None:
+    pause = threading.Event()
+    with suppress(KeyboardInterrupt):
+        if for_programs:
+            while True:
+                click.echo(json.dumps(read()))
+                pause.wait(interval)
+
+        from rich.live import Live
+
+        from celery_mem.cli_tables import status_tables
+
+        with Live(status_tables(read()), auto_refresh=False) as live:
+            while True:
+                pause.wait(interval)
+                live.update(status_tables(read()), refresh=True)
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def main() -> None:
+    """Entry point of `celery-mem`."""
+    mem(prog_name="celery-mem")
+
+
+if __name__ == "__main__":
+    main()
