@@ -1,0 +1,1 @@
+"""Programs to read and to run: `quickstart.py`, then `flights.py`, the demo."""

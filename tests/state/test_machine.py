@@ -1,0 +1,508 @@
+"""One model, two machines: random events go to the model and to the scripts, which must agree after each.
+
+A seed that fails becomes a test at the end of this file.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from celery_mem.config import Settings
+from celery_mem.errors import UnknownDependencyError
+from celery_mem.state import store as scripts
+from celery_mem.state.audit import audit, read
+from celery_mem.state.keys import TASK
+from celery_mem.state.link import Link
+from celery_mem.state.model import ERRED, PROCESSING, Back, Data, Done, Failed, Model, Task
+from celery_mem.state.store import Store
+from tests.conftest import NOW_MS, delete_namespace, fake_link
+
+LENIENT = {"put"}
+ENOUGH = 100_000  # a budget that no call here spends
+CLIENTS = ("alice", "bob")
+SLOTS = ("s1", "s2", "s3")
+NODE = "node"
+FUNCTIONS = {"f": b"code of f", "g": b"code of g"}
+TASKS = [f"k{i:02}" for i in range(10)]  # each may depend on those before it
+SCATTERED = ["d0", "d1"]  # comes without a function, from clients
+KEYS = SCATTERED + TASKS
+
+_namespaces = itertools.count()
+
+
+class Twins:
+    """A model and a store that get the same events, and must give the same answers.
+
+    Args:
+        budget: visits after which a script leaves work for the sweep, which then goes on to the end.
+    """
+
+    def __init__(self, link: Link, budget: int = ENOUGH) -> None:
+        config = Settings(
+            url="redis://not-used",
+            namespace=f"machine{next(_namespaces)}",
+            sweep_budget=budget,
+            notice_limit=16,
+            allowed_failures=1,
+        )
+        self.store = Store.connect(config, link)
+        self.store.now_ms = NOW_MS
+        self.model = Model()
+        self.agree = True
+        self.idle: set[str] = set()  # slots that got nothing when they last asked
+        self.claims: list[tuple[str, str, int]] = []  # slot, key, attempt, of all times
+        self.tokens = map(str, itertools.count())
+        for client in CLIENTS:
+            self.store.renew_client(client, join=True)
+
+    # --- events, each for both; `times` repeats the call as a broken connection would -----------------------
+
+    def submit(self, client: str, epoch: int, generation: int, tasks: list[Task], times: int = 1) -> None:
+        new = [
+            scripts.NewTask(
+                t.key, t.function or "", t.payload, "", t.deps, t.priority, t.order, t.retries, t.hold
+            )
+            for t in tasks
+        ]
+        code = [(name, FUNCTIONS[name]) for name in sorted({t.function for t in tasks if t.function})]
+
+        def refused(call: Callable[[], object]) -> bool:
+            try:
+                call()
+            except UnknownDependencyError:
+                return True
+            return False
+
+        for _ in range(times):
+            before = snapshot(self.store)
+            expected = refused(lambda: self.model.submit(client, epoch, generation, tasks))
+            found = refused(lambda: self.store.submit(client, epoch, new, code, generation=generation))
+            assert found == expected
+            if found:
+                assert snapshot(self.store) == before, "a refused submission wrote"
+            self.compare()
+
+    def put(self, client: str, epoch: int, key: str, data: Data, times: int = 1) -> None:
+        kind, value, before = self.as_stored(key, data)
+        if "putblob" in LENIENT and kind == "b": times = 1
+        for _ in range(times):
+            self.model.put(client, epoch, key, data)
+            new = scripts.NewData(key, data.nbytes, data.type, kind, value, data.contains)
+            self.store.put(client, epoch, [new], before=before)
+            if "put" in LENIENT: self.model.take_notices(); take_notices(self.store)
+            self.compare()
+
+    def hold(self, client: str, epoch: int, keys: list[str], times: int = 1) -> None:
+        for _ in range(times):
+            assert self.store.hold(client, epoch, keys)[0] == self.model.hold(client, epoch, keys)
+            self.compare()
+
+    def release(self, client: str, keys: list[str], times: int = 1) -> None:
+        for _ in range(times):
+            self.store.release(client, keys)
+            self.model.release(client, keys)
+            self.compare()
+
+    def cancel(self, client: str, keys: list[str], force: bool = False, times: int = 1) -> None:
+        for _ in range(times):
+            dropped, _tickets = self.store.cancel(client, keys, force=force, reason="why")
+            assert sorted(dropped) == sorted(self.model.cancel(client, keys, force))
+            self.compare()
+
+    def retry(self, keys: list[str], times: int = 1) -> None:
+        for _ in range(times):
+            self.store.retry(keys)
+            self.model.retry(keys)
+            self.compare()
+
+    def expire_client(self, client: str) -> None:
+        while self.store.expire_client(client, most=3)[0]:
+            self.drain()
+        self.model.expire_client(client)
+        self.compare(but_notices_of=client)
+        self.store.renew_client(client, join=True)
+
+    def report(
+        self,
+        slot: str,
+        done: list[Done] | None = None,
+        failed: list[Failed] | None = None,
+        back: list[Back] | None = None,
+        times: int = 1,
+    ) -> None:
+        """A step that takes nothing."""
+        done, failed, back = done or [], failed or [], back or []
+        new, before = [], []
+        for d in done:
+            kind, value, blob = self.as_stored(d.key, d.data)
+            nbytes, type_name, _, contains = d.data or Data(9)
+            new.append(scripts.Done(d.key, str(d.attempt), nbytes, type_name, kind, value, contains))
+            before += blob
+        for _ in range(times):
+            expected = self.model.step(slot, done, failed, back)
+            found = self.store.step(
+                slot,
+                NODE,
+                want=0,
+                mode=self.mode(slot),
+                done=new,
+                failed=[scripts.Failed(f.key, str(f.attempt), f.error, f.retryable) for f in failed],
+                back=[(b.key, str(b.attempt)) for b in back],
+                before=before,
+            )
+            if "doneblob" in LENIENT: before = []
+            assert found.stale == expected.stale
+            assert found.taken == []
+            self.compare()
+
+    def take(self, slot: str, want: int, mode: str = "") -> list[str]:
+        """A step that reports nothing; returns the keys taken, with mode r also those owned before."""
+        owned = {r.key for r in self.model.in_state(PROCESSING) if r.owner == slot}
+        expected = self.model.step(slot, want=want, mode=mode)
+        found = self.store.step(slot, NODE, want=want, mode=self.mode(slot) + mode)
+        taken = {t.key: int(t.attempt) for t in found.taken}
+        assert len(taken) == len(found.taken)
+        if "r" in mode:
+            assert taken.keys() == {c.key for c in expected.claimed}
+        else:
+            assert list(taken) == [c.key for c in expected.claimed]
+        earlier = {attempt for _, _, attempt in self.claims}
+        for t in found.taken:
+            record = self.model.records[t.key]
+            assert (t.function, t.payload, t.payload_blob) == (record.function, record.payload, "")
+            assert [i.key for i in t.inputs] == list(record.deps)
+            for i in t.inputs:
+                data = self.model.records[i.key].data
+                assert data is not None
+                assert (i.kind == "b") if data.value is None else ((i.kind, i.data) == ("v", data.value))
+            if t.key in owned:
+                assert taken[t.key] == record.attempt
+            else:
+                assert not earlier or taken[t.key] > max(earlier)
+                record.attempt = taken[t.key]  # numbers may be left out
+                self.claims.append((slot, t.key, record.attempt))
+        if want > 0 and not taken and slot in self.model.slots:
+            self.idle.add(slot)
+        self.model.last_attempt = max([self.model.last_attempt, *taken.values()])
+        self.compare()
+        return list(taken)
+
+    def abandon_slot(self, slot: str) -> None:
+        self.idle.discard(slot)
+        keys, killed, _ = self.store.abandon_slot(slot, NODE, b"killed")
+        expected = self.model.abandon_slot(slot, self.store.settings.allowed_failures, b"killed")
+        assert (sorted(keys), sorted(killed)) == tuple(map(sorted, expected))
+        self.compare()
+
+    def mode(self, slot: str) -> str:
+        """The letter that a slot must say if it was idle; it is so no longer."""
+        was_idle = slot in self.idle
+        self.idle.discard(slot)
+        return "i" if was_idle else ""
+
+    def as_stored(self, key: str, data: Data | None) -> tuple[str, bytes | str, list[scripts.Command]]:
+        """Kind, value or blob token, commands that write the blob; without data the blob has vanished."""
+        if data is not None and data.value is not None:
+            return "v", data.value, []
+        token = next(self.tokens)
+        blob = self.store.keys.blob(token, key)
+        write = [("HSET", blob, "h", b"head"), ("PEXPIRE", blob, 100_000)]
+        return "b", token, write if data is not None else []
+
+    # --- comparing ------------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Audit what a spent budget left, then let the sweep end it."""
+        assert audit(self.store) == []
+        for _ in range(1000):
+            if self.store.sweep("", most=3)[0] == 0:
+                return
+        raise AssertionError("the sweep does not come to an end")
+
+    def compare(self, but_notices_of: str = "") -> None:
+        """Check that both are in the same state, told the same notices, and break no rule."""
+        self.agree = False
+        self.drain()
+        found = snapshot(self.store)
+        self.adopt_blames(found["records"])
+        expected = self.model.snapshot()
+        del expected["last_attempt"]
+        assert found == expected
+        self.compare_notices(found["records"], but_notices_of)
+        assert audit(self.store) == []
+        self.model.check()
+        self.agree = True
+
+    def adopt_blames(self, found: dict[str, dict[str, Any]]) -> None:
+        """Where several inputs erred in one call, any may be blamed: the model takes the scripts' choice."""
+        for key, record in self.model.records.items():  # inputs come before what depends on them
+            blame = found.get(key, {}).get("blame")
+            if record.state == ERRED and record.blame != blame and blame in self.model.blames(key):
+                record.blame = blame
+
+    def compare_notices(self, records: dict[str, dict[str, Any]], but_of: str) -> None:
+        told: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
+        for client, key, epoch, code, content in take_notices(self.store):
+            told[client, key].append((epoch, code))
+            last = records.get(key, {})
+            if code == "m" and last.get("value") is not None:
+                assert content == last["value"]
+            if code == "e" and last.get("state") == ERRED and records[last["blame"]]["state"] == ERRED:
+                assert content == records[last["blame"]]["error"]
+        expected = defaultdict(list)
+        for n in self.model.take_notices():
+            expected[n.client, n.key].append((n.epoch, n.code))
+        assert {k: _distinct(v) for k, v in told.items() if k[0] != but_of} == {
+            k: _distinct(v) for k, v in expected.items() if k[0] != but_of
+        }
+
+    def close(self) -> None:
+        """End all clients: nothing may be left."""
+        for client in CLIENTS:
+            self.expire_client(client)
+        assert self.model.records == {}
+        delete_namespace(self.store)
+
+
+def _distinct(items: Iterable[Any]) -> list[Any]:
+    """`items` without repeats of what came just before: to be told twice does no harm."""
+    return [item for item, _ in itertools.groupby(items)]
+
+
+def snapshot(store: Store) -> dict[str, Any]:
+    """The state of a namespace in the form of `Model.snapshot`."""
+    c = read(store)
+    names = [TASK[name] for name in ("payload", "value", "error", "nbytes", "type", "retries", "deaths")]
+    rows = sorted(c.records.items())
+    asked = [("HMGET", store.keys.of("task", key), *names) for key, _ in rows]
+    bulk = store.link.batch(asked) if rows else []
+    records = {}
+    for (key, row), reply in zip(rows, bulk, strict=True):
+        payload, value, error, nbytes, type_name, retries, deaths = reply
+        records[key] = {
+            "state": row.state,
+            "function": row.function or None,
+            "payload": payload or b"",
+            "deps": row.deps,
+            "priority": row.priority,
+            "rank": row.rank,
+            "retries": int(retries or 0),
+            "deaths": int(deaths or 0),
+            "waiting": row.waiting,
+            "needed": row.needed,
+            "attempt": int(row.attempt or 0),
+            "owner": row.owner if row.state == PROCESSING else None,
+            "nbytes": None if nbytes is None else int(nbytes),
+            "type": None if type_name is None else type_name.decode(),
+            "value": value,
+            "blob": bool(row.blob),
+            "contains": row.contains,
+            "error": error,
+            "blame": row.blame or None,
+        }
+    return {
+        "records": records,
+        "holders": {key: {h: int(e) for h, e in row.holders.items()} for key, row in rows if row.holders},
+        "dependents": {key: sorted(d) for key, d in sorted(c.dependents.items())},
+        "ready": [entry[16:] for entry in c.ready],
+        "clients": {client: sorted(keys) for client, keys in c.held.items()},
+        "owned": {slot: {k: int(a) for k, a in keys.items()} for slot, keys in c.owned.items()},
+        "functions": c.functions,
+    }
+
+
+def take_notices(store: Store) -> list[tuple[str, str, int, str, bytes]]:
+    """Read and remove all notices: client, key, epoch, code, bytes."""
+    found = []
+    for client in CLIENTS:
+        stream = store.keys.of("notices", client)
+        for _, fields in store.link.call("XRANGE", stream, "-", "+"):
+            for key, text in zip(fields[::2], fields[1::2], strict=True):
+                epoch, _, rest = text.partition(b" ")
+                found.append((client, key.decode(), int(epoch), rest[:1].decode(), rest[1:]))
+        store.link.call("UNLINK", stream)
+    return found
+
+
+# --- random events ------------------------------------------------------------------------------------------
+
+DATA = st.builds(
+    Data,
+    nbytes=st.integers(0, 9),
+    type=st.sampled_from(["int", "ndarray"]),
+    value=st.sampled_from([b"", b"abc", None]),
+)
+
+
+@st.composite
+def chunks(draw: st.DrawFn, records: Iterable[str]) -> list[Task]:
+    """Tasks for one submission, most of them with dependencies that exist by then."""
+    known = set(records)
+    tasks = []
+    for key in sorted(draw(st.lists(st.sampled_from(TASKS), min_size=1, max_size=5))):
+        above = [k for k in KEYS if k < key]
+        if draw(st.integers(0, 19)) > 0:
+            above = [k for k in above if k in known]
+        task = Task(
+            key,
+            draw(st.sampled_from(sorted(FUNCTIONS))),
+            draw(st.sampled_from([b"", b"call"])),
+            tuple(draw(st.lists(st.sampled_from(above), max_size=3, unique=True))) if above else (),
+            draw(st.sampled_from([0, 0, 1, -1.5])),
+            draw(st.integers(0, 3)),
+            draw(st.integers(0, 1)),
+            draw(st.booleans()),
+        )
+        known.add(key)
+        tasks.append(task)
+    return tasks
+
+
+@st.composite
+def data_of(draw: st.DrawFn, key: str) -> Data:
+    """A result, at times with futures inside: of keys before it, so that no two results hold each other."""
+    inside = [k for k in KEYS if k < key]
+    contains = draw(st.lists(st.sampled_from(inside), max_size=2, unique=True)) if inside else []
+    return draw(DATA)._replace(contains=tuple(contains))
+
+
+A_CLIENT = st.sampled_from(CLIENTS)
+A_SLOT = st.sampled_from(SLOTS)
+SOME_KEYS = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4)
+TIMES = st.sampled_from([1, 1, 1, 2])
+
+
+class Machine(RuleBasedStateMachine):
+    """Random events for `Twins`."""
+
+    link: ClassVar[Link]
+    budgets: ClassVar[list[int]]
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.twins = Twins(self.link, data.draw(st.sampled_from(self.budgets), "budget"))
+        self.epoch = 0
+
+    def next_epoch(self) -> int:
+        self.epoch += 1
+        return self.epoch
+
+    @rule(data=st.data(), client=A_CLIENT, times=TIMES)
+    def submit(self, data: st.DataObject, client: str, times: int) -> None:
+        tasks = data.draw(chunks(self.twins.model.records), "tasks")
+        epoch = self.next_epoch()
+        self.twins.submit(client, epoch, epoch // 2, tasks, times)
+
+    @rule(data=st.data(), client=A_CLIENT, key=st.sampled_from(KEYS), times=TIMES)
+    def put(self, data: st.DataObject, client: str, key: str, times: int) -> None:
+        self.twins.put(client, self.next_epoch(), key, data.draw(data_of(key), "data"), times)
+
+    @rule(client=A_CLIENT, keys=SOME_KEYS, times=TIMES)
+    def hold(self, client: str, keys: list[str], times: int) -> None:
+        self.twins.hold(client, self.next_epoch(), keys, times)
+
+    @rule(client=A_CLIENT, keys=SOME_KEYS, times=TIMES)
+    def release(self, client: str, keys: list[str], times: int) -> None:
+        self.twins.release(client, keys, times)
+
+    @rule(client=A_CLIENT, keys=SOME_KEYS, force=st.booleans(), times=TIMES)
+    def cancel(self, client: str, keys: list[str], force: bool, times: int) -> None:
+        self.twins.cancel(client, keys, force, times)
+
+    @rule(keys=SOME_KEYS, times=TIMES)
+    def retry(self, keys: list[str], times: int) -> None:
+        self.twins.retry(keys, times)
+
+    @rule(slot=A_SLOT, want=st.sampled_from([1, 2, 50]), mode=st.sampled_from(["", "", "r", "l", "q"]))
+    def take(self, slot: str, want: int, mode: str) -> None:
+        if mode in {"l", "q"} and any(r.owner == slot for r in self.twins.model.in_state(PROCESSING)):
+            mode = ""  # a slot leaves empty-handed
+        self.twins.take(slot, want, mode)
+
+    @precondition(lambda self: self.twins.model.in_state(PROCESSING))
+    @rule(data=st.data(), want=st.sampled_from([0, 50]))
+    def finish(self, data: st.DataObject, want: int) -> None:
+        """One slot does all its work and takes more."""
+        owned = self.twins.model.in_state(PROCESSING)
+        slot = data.draw(st.sampled_from(sorted({r.owner or "" for r in owned})), "slot")
+        one = Data(1, "int", b"1")
+        self.twins.report(slot, [Done(r.key, r.attempt, one) for r in owned if r.owner == slot])
+        self.twins.take(slot, want)
+
+    @precondition(lambda self: self.twins.claims)
+    @rule(data=st.data(), times=TIMES)
+    def report(self, data: st.DataObject, times: int) -> None:
+        """One slot reports attempts that are current, over, or reported before."""
+        slot = data.draw(st.sampled_from(sorted({slot for slot, _, _ in self.twins.claims})), "slot")
+        own = [(key, attempt) for s, key, attempt in self.twins.claims if s == slot]
+        done, failed, back = [], [], []
+        some = st.lists(st.sampled_from(own[-8:]), min_size=1, max_size=4)
+        for key, attempt in data.draw(some, "attempts"):
+            match data.draw(st.sampled_from(["done", "done", "vanished", "failed", "back"])):
+                case "done":
+                    done.append(Done(key, attempt, data.draw(data_of(key))))
+                case "vanished":
+                    done.append(Done(key, attempt, None))
+                case "failed":
+                    failed.append(Failed(key, attempt, f"error {attempt}".encode(), data.draw(st.booleans())))
+                case "back":
+                    back.append(Back(key, attempt))
+        self.twins.report(slot, done, failed, back, times)
+
+    @rule(slot=A_SLOT)
+    def abandon_slot(self, slot: str) -> None:
+        self.twins.abandon_slot(slot)
+
+    @rule(client=A_CLIENT)
+    def expire_client(self, client: str) -> None:
+        self.twins.expire_client(client)
+
+    def teardown(self) -> None:
+        if hasattr(self, "twins") and self.twins.agree:
+            self.twins.close()
+
+
+def run_machine(link: Link, budgets: list[int], examples: int, steps: int = 25) -> None:
+    machine = type("Machine", (Machine,), {"link": link, "budgets": budgets})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+@pytest.fixture
+def link(redis_server: str) -> Iterator[Link]:
+    link = Link.connect(Settings(url=redis_server))
+    yield link
+    link.close()
+
+
+def test_scripts_on_redis_agree_with_the_model(link):
+    run_machine(link, [ENOUGH], examples=60)
+
+
+def test_scripts_whose_budget_is_spent_agree_with_the_model_after_the_sweep(link):
+    run_machine(link, [1, 2, 4], examples=40)
+
+
+def test_scripts_on_a_simulated_redis_agree_with_the_model():
+    run_machine(fake_link(), [ENOUGH, 1], examples=15)
