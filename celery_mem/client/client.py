@@ -20,7 +20,16 @@ import dask
 from celery_mem.client import current
 from celery_mem.client.future import Future, text_of_future
 from celery_mem.client.session import Session
-from celery_mem.client.states import CANCELLED, ERROR, FINAL, Countdown, KeyState, seconds_left, unwatch, watch
+from celery_mem.client.states import (
+    CANCELLED,
+    ERROR,
+    FINAL,
+    Countdown,
+    KeyState,
+    seconds_left,
+    unwatch,
+    watch,
+)
 from celery_mem.client.submission import Submission
 from celery_mem.config import Settings, mask_url
 from celery_mem.errors import (
@@ -101,7 +110,9 @@ class Client:
         self._token: Any = None
         if set_as_default:
             current.set_default(self)
-        self._finalizer = weakref.finalize(self, _close_parts, self._session, self.cluster if self._own_cluster else None)
+        self._finalizer = weakref.finalize(
+            self, _close_parts, self._session, self.cluster if self._own_cluster else None
+        )
 
     def _resolve(
         self, address: Any, namespace: str | None, app: Celery | None
@@ -110,7 +121,11 @@ class Client:
 
         if address is not None and hasattr(address, "send_task"):
             return None, namespace, address
-        if address is None and app is None and not (os.environ.get("CELERY_MEM_URL") or os.environ.get("REDIS_URL")):
+        if (
+            address is None
+            and app is None
+            and not (os.environ.get("CELERY_MEM_URL") or os.environ.get("REDIS_URL"))
+        ):
             address = LocalCluster(namespace=namespace or "mem")
             self._own_cluster = True
         if isinstance(address, LocalCluster):
@@ -198,7 +213,9 @@ class Client:
             raise TypeError(f"map wants a function and iterables, not {func!r}")
         for it in iterables:
             if isinstance(it, Iterator | queue.Queue):
-                raise TypeError(f"map wants lists or other collections, not the iterator {it!r}; use list(...)")
+                raise TypeError(
+                    f"map wants lists or other collections, not the iterator {it!r}; use list(...)"
+                )
         calls = list(zip(*iterables, strict=False))
         if not calls:
             return []
@@ -290,7 +307,14 @@ class Client:
         return out[0] if single else out
 
     def get(
-        self, dsk: Any, keys: Any, *, sync: bool = True, retries: int = 0, priority: Priority = 0, **kwargs: Any
+        self,
+        dsk: Any,
+        keys: Any,
+        *,
+        sync: bool = True,
+        retries: int = 0,
+        priority: Priority = 0,
+        **kwargs: Any,
     ) -> Any:
         """Compute keys of a raw Dask graph; what Dask calls for `x.compute()`.
 
@@ -316,9 +340,7 @@ class Client:
     def _submit_lowered(
         self, lowered: lowering.Lowered, outputs: Sequence[Key], retries: int, priority: Priority
     ) -> list[Future]:
-        submission = Submission(
-            self, priority=priority, retries=retries, annotations=lowered.annotations
-        )
+        submission = Submission(self, priority=priority, retries=retries, annotations=lowered.annotations)
         with submission:
             texts = submission.add_graph(lowered, outputs)
         return [self._future(key, submission.states[text]) for key, text in zip(outputs, texts, strict=True)]
@@ -335,8 +357,10 @@ class Client:
             return self._scatter(list(data.items()))
         if type(data) in (list, tuple, set, frozenset):
             futures = self._scatter([(self._data_key(x, hash), x) for x in data])
-            return type(data)(futures.values()) if len(futures) == len(data) else type(data)(
-                futures[self._data_key(x, hash)] for x in data
+            return (
+                type(data)(futures.values())
+                if len(futures) == len(data)
+                else type(data)(futures[self._data_key(x, hash)] for x in data)
             )
         key = self._data_key(data, hash)
         return self._scatter([(key, data)])[key]
@@ -367,7 +391,9 @@ class Client:
                 self.write_blob(data, text, frames)
             try:
                 session.put(
-                    [NewData(text, frames.nbytes, type(value).__qualname__, kind, data, frames.contains)], epoch, ()
+                    [NewData(text, frames.nbytes, type(value).__qualname__, kind, data, frames.contains)],
+                    epoch,
+                    (),
                 )
             except BaseException as error:
                 session.forget([state], str(error))
@@ -445,7 +471,9 @@ class Client:
             if not countdown.wait(seconds_left(deadline)):
                 with session.lock:
                     unwatch(pending, countdown)
-                raise TimeoutError(f"{what}: {countdown.left} of {len(states)} tasks not done after {timeout} s")
+                raise TimeoutError(
+                    f"{what}: {countdown.left} of {len(states)} tasks not done after {timeout} s"
+                )
 
     def _value(self, state: KeyState, key: Key) -> Any:
         if state.status == ERROR:
@@ -513,7 +541,9 @@ class Client:
                 session.forget([state], str(error))
                 raise
             if unknown:
-                session.forget([state], "there is no task of this key: it was released before this client held it")
+                session.forget(
+                    [state], "there is no task of this key: it was released before this client held it"
+                )
 
     def _future(self, key: Key, state: KeyState) -> Future:
         future = Future(key)
@@ -584,7 +614,8 @@ class Client:
         texts = self._texts(futures)
         states = self._session.task_fields(texts, "state")
         return {
-            key_of(t): ["redis"] if s and s[0] == b"memory" else [] for t, s in zip(texts, states, strict=True)
+            key_of(t): ["redis"] if s and s[0] == b"memory" else []
+            for t, s in zip(texts, states, strict=True)
         }
 
     def nbytes(self, keys: Any = None, summary: bool = True) -> dict[Any, int]:

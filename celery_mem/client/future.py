@@ -187,5 +187,3 @@ def text_of_future(future: Future, client: Client) -> str:
     if state.status == CANCELLED:
         client.raise_cancelled(state, future.key)
     return state.text
-
-

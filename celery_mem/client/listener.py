@@ -18,6 +18,7 @@ log = logging.getLogger("celery_mem.client")
 
 BLOCK_MS = 10_000
 PAGE = 1_000
+TRIM_BYTES = 32_768
 
 
 class Listener(threading.Thread):
@@ -29,6 +30,7 @@ class Listener(threading.Thread):
         self.link = Link.connect(session.settings.replace(retry_timeout=5.0), blocking=True)
         self._stream = session.store.keys.of("notices", session.id)
         self._last = "0-0"
+        self._untrimmed = 0  # bytes read and still in the stream
 
     def run(self) -> None:
         """Read until the session closes."""
@@ -50,16 +52,24 @@ class Listener(threading.Thread):
 
     def _read(self) -> list[Any]:
         commands: list[tuple[Any, ...]] = []
-        if self._last != "0-0":
-            ms, _, seq = self._last.partition("-")
-            commands.append(("XTRIM", self._stream, "MINID", f"{ms}-{int(seq) + 1}"))
+        if self._untrimmed >= TRIM_BYTES:
+            commands.append(self._trim())
         commands.append(("XREAD", "COUNT", PAGE, "BLOCK", BLOCK_MS, "STREAMS", self._stream, self._last))
         reply = self.link.batch(commands)[-1]
         if not reply:
+            if self._untrimmed:
+                self.link.batch([self._trim()])
             return []
         entries: list[Any] = reply[0][1]
         self._last = entries[-1][0].decode()
+        self._untrimmed += sum(sum(map(len, fields)) for _, fields in entries)
         return entries
+
+    def _trim(self) -> tuple[Any, ...]:
+        """Return the command that drops what was read."""
+        self._untrimmed = 0
+        ms, _, seq = self._last.partition("-")
+        return "XTRIM", self._stream, "MINID", f"{ms}-{int(seq) + 1}"
 
     def stop(self) -> None:
         """Wake the thread out of its read."""

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from redis.exceptions import ResponseError
+
 from celery_mem.client.listener import Listener, apply_notice
 from celery_mem.client.states import CANCELLED, PENDING, KeyState
 from celery_mem.config import Settings
-from redis.exceptions import ResponseError
-
 from celery_mem.errors import (
     CeleryMemError,
     ClosedClientError,
@@ -33,6 +33,8 @@ from celery_mem.state.store import NewData, NewTask, Store, Tickets
 log = logging.getLogger("celery_mem.client")
 
 RELEASE_CHUNK = 500
+RELEASE_WINDOW_S = 0.005
+"""Releases that come within this time go together: futures are mostly dropped many at once."""
 
 
 class Session:
@@ -178,9 +180,7 @@ class Session:
 
     def fetch(self, text: str, what: str) -> tuple[bool, Any]:
         """Read a result that no notice brought; returns whether it is there, and the object."""
-        value, token = self.bulk.call(
-            "HMGET", self.store.keys.of("task", text), TASK["value"], TASK["blob"]
-        )
+        value, token = self.bulk.call("HMGET", self.store.keys.of("task", text), TASK["value"], TASK["blob"])
         if value is not None:
             return True, loads_inline(value, what)
         found = None
@@ -191,7 +191,11 @@ class Session:
     def task_fields(self, texts: Sequence[str], *names: str) -> list[list[bytes | None]]:
         """Read fields of task records."""
         fields = [TASK[name] for name in names]
-        return self.bulk.batch([("HMGET", self.store.keys.of("task", t), *fields) for t in texts]) if texts else []
+        return (
+            self.bulk.batch([("HMGET", self.store.keys.of("task", t), *fields) for t in texts])
+            if texts
+            else []
+        )
 
     def processing(self) -> dict[str, list[str]]:
         """Read what each node is running."""
@@ -199,7 +203,9 @@ class Session:
         out: dict[str, list[str]] = {}
         for node in self.bulk.call("ZRANGE", keys.fixed("nodes"), 0, -1):
             slots = self.bulk.call("SMEMBERS", keys.of("node_slots", node.decode()))
-            running = self.bulk.batch([("HKEYS", keys.of("slot", s.decode())) for s in slots]) if slots else []
+            running = (
+                self.bulk.batch([("HKEYS", keys.of("slot", s.decode())) for s in slots]) if slots else []
+            )
             out[node.decode()] = [key.decode() for found in running for key in found]
         return out
 
@@ -253,6 +259,7 @@ class Session:
 
     def _release(self, dropped: list[KeyState]) -> None:
         """Send the release of `dropped` and of whatever else is queued, unless somebody refers to it again."""
+        time.sleep(RELEASE_WINDOW_S)
         while len(dropped) < 10 * RELEASE_CHUNK:
             try:
                 state = self._released.get_nowait()
@@ -294,7 +301,9 @@ class Session:
         if self.closed:
             raise ClosedClientError("this client is closed; make a new one")
         if self.pid != os.getpid():
-            raise ClosedClientError("this client belongs to the parent process; make a new one in this process")
+            raise ClosedClientError(
+                "this client belongs to the parent process; make a new one in this process"
+            )
 
     def close(self) -> None:
         """Release everything and end; harmless when repeated."""

@@ -63,7 +63,9 @@ class Submission:
             self._new.append(state)
         return state, new
 
-    def add(self, text: str, function: Function, payload: Payload, *, hold: bool = True, key: Key | None = None) -> None:
+    def add(
+        self, text: str, function: Function, payload: Payload, *, hold: bool = True, key: Key | None = None
+    ) -> None:
         """Add a task."""
         self._functions[function.hash] = function
         data, blob = payload.data, ""
@@ -102,7 +104,9 @@ class Submission:
             self.add(text, encode_function(func), payload, hold=text in held and new[text], key=key)
         return out
 
-    def _take_external(self, lowered: lowering.Lowered, held: Mapping[str, Key], new: Mapping[str, bool]) -> None:
+    def _take_external(
+        self, lowered: lowering.Lowered, held: Mapping[str, Key], new: Mapping[str, bool]
+    ) -> None:
         """Keys outside the graph must be held by this client already, or their futures say where they are."""
         for key in lowered.external:
             text = text_of(key)

@@ -8,7 +8,16 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from celery_mem.client.future import Future
-from celery_mem.client.states import CANCELLED, ERROR, FINAL, Countdown, KeyState, seconds_left, unwatch, watch
+from celery_mem.client.states import (
+    CANCELLED,
+    ERROR,
+    FINAL,
+    Countdown,
+    KeyState,
+    seconds_left,
+    unwatch,
+    watch,
+)
 from celery_mem.errors import FuturesCancelledError
 from celery_mem.graph.collections import futures_of
 

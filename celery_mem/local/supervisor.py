@@ -76,7 +76,8 @@ class Supervisor:
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the thread that started us may have blocked some
-        self._keeper_pid, self._keeper_pipe = start_keeper(folder, (self._wake, wake_end))
+        self._wake_end = wake_end
+        self._start_keeper()
 
     def run(self) -> None:
         """Serve until the parent goes or a signal says stop; then stop everything."""
@@ -110,6 +111,15 @@ class Supervisor:
         process.started_s, process.due_s = time.monotonic(), None
         self._say(event="started", name=process.name, pid=process.child.pid)
 
+    def _start_keeper(self) -> None:
+        self._keeper_pid, self._keeper_pipe = start_keeper(self.folder, (self._wake, self._wake_end))
+        for pgid in [*self._bereaved, *(p.child.pid for p in self.processes.values() if p.child)]:
+            self._tell_keeper(b"+%d\n" % pgid)
+
+    def _tell_keeper(self, word: bytes) -> None:
+        with suppress(BrokenPipeError):  # somebody killed it; the next one will be told all
+            os.write(self._keeper_pipe, word)
+
     def stop_all(self) -> None:
         """Ask every process to end, the highest stage first, and kill what is left when the grace is over."""
         self.stopping = True
@@ -131,7 +141,6 @@ class Supervisor:
                 self._reap()
         os.close(self._keeper_pipe)
         os.waitpid(self._keeper_pid, 0)
-        shutil.rmtree(self.folder, ignore_errors=True)  # the keeper did it, unless somebody killed it
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if number != signal.SIGCHLD:
@@ -149,6 +158,9 @@ class Supervisor:
     def _reap(self) -> None:
         with suppress(BlockingIOError):
             os.read(self._wake, 4096)
+        if os.waitpid(self._keeper_pid, os.WNOHANG)[0]:
+            os.close(self._keeper_pipe)
+            self._start_keeper()
         for process in list(self.processes.values()):
             if process.child is None or (code := process.child.poll()) is None:
                 continue
@@ -173,8 +185,7 @@ class Supervisor:
         kill_group(pgid)
         wait_for_group(pgid)
         self._bereaved.pop(pgid, None)
-        with suppress(BrokenPipeError):  # somebody killed the keeper; we clean up ourselves
-            os.write(self._keeper_pipe, b"-%d\n" % pgid)
+        self._tell_keeper(b"-%d\n" % pgid)
 
     def _plan_restart(self, process: Process) -> None:
         now = time.monotonic()

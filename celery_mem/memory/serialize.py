@@ -111,7 +111,9 @@ def loads(head: bytes | memoryview, buffers: Sequence[Any] = (), what: str = "ob
             f"{what} needs the module {error.name!r}, which this process does not have; install it on every worker"
         ) from error
     except Exception as error:
-        raise DeserializationError(f"{what} cannot be unpickled here: {type(error).__name__}: {error}") from error
+        raise DeserializationError(
+            f"{what} cannot be unpickled here: {type(error).__name__}: {error}"
+        ) from error
 
 
 def loads_inline(data: bytes, what: str = "object") -> Any:

@@ -38,7 +38,7 @@ RULES = {
     # indexes
     "ready queue": "the queue has every ready task once, under its priority, and nothing else",
     "slot index": "a running task has an owner and an attempt, and its slot's index says the same",
-    "slot lease": "slots that own tasks, idle or belong to a node have a lease, alive or to be recovered",
+    "slot lease": "a slot that owns, idles, is woken or belongs to a node has a lease, alive or to be recovered",
     "attempt": "attempt numbers come from one counter, and none was given twice",
     "dependents index": "the dependents of a key are the records that depend on it",
     "holders index": "the holders of a record and the keys of a holder say the same",
@@ -47,7 +47,6 @@ RULES = {
     "function code": "code is stored for every function in use, and for no other",
     "blob missing": "the blob that a record names exists",
     "blob lease": "a blob has no time to live if and only if a record names it",
-    "wake lease": "a wake-up has a time to live",
     "unknown key": "the namespace has no keys of other names or types",
 }
 """Every rule that `audit` checks, by the name that its violations carry."""
@@ -123,7 +122,7 @@ class Contents:
     functions: dict[str, float] = field(default_factory=dict)
     code: set[str] = field(default_factory=set)
     blobs: dict[str, int] = field(default_factory=dict)  # <token>:<key> -> time to live in ms, -1 without
-    wake: dict[str, int] = field(default_factory=dict)  # slot -> time to live in ms, -1 without
+    wake: set[str] = field(default_factory=set)  # slots with a wake-up
     unknown: dict[str, str] = field(default_factory=dict)  # Redis key -> its type
 
     def known_dependents(self) -> dict[str, set[str]]:
@@ -205,10 +204,8 @@ def _read_kind(contents: Contents, link: Link, kind: str, named: Sequence[tuple[
     elif kind in _READ_ONE:
         command, after, decode = _READ_ONE[kind]
         setattr(contents, kind, decode(link.call(command, named[0][1], *after)))
-    elif kind == "notices":
-        contents.notices = set(names)
-    elif kind == "function":
-        contents.code = set(names)
+    elif kind in _READ_NAMES:
+        setattr(contents, _READ_NAMES[kind], set(names))
 
 
 def _row(key: str, fields: Iterable[bytes], small: Sequence[bytes | None]) -> Row:
@@ -268,9 +265,11 @@ _READ_EACH: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
     "held": ("held", "SMEMBERS", _texts),
     "node_slots": ("node_slots", "SMEMBERS", _texts),
     "blob": ("blobs", "PTTL", int),
-    "wake": ("wake", "PTTL", int),
 }
 """Kinds with a Redis key for each name -> attribute of Contents, command, decoder of its reply."""
+
+_READ_NAMES = {"notices": "notices", "function": "code", "wake": "wake"}
+"""Kinds of which only the names count -> attribute of Contents."""
 
 _READ_ONE: dict[str, tuple[str, tuple[Any, ...], Callable[[Any], Any]]] = {
     "meta": ("HGETALL", (), _pairs),
@@ -390,14 +389,12 @@ def _check_slots(c: Contents) -> Iterator[Violation]:
                 yield Violation("slot index", key, f"runs for {row.owner!r} under attempt {row.attempt!r}")
     for slot in sorted(by_record.keys() | c.owned.keys()):
         yield from _differences("slot index", by_record.get(slot, {}), c.owned.get(slot, {}), f"slot {slot}")
-    users = dict.fromkeys(by_record, "owns tasks") | dict.fromkeys(c.idle, "idles")
+    users = dict.fromkeys(c.wake, "has a wake-up")
+    users |= dict.fromkeys(c.idle, "idles") | dict.fromkeys(by_record, "owns tasks")
     users |= {slot: f"belongs to node {node}" for node, slots in c.node_slots.items() for slot in slots}
     for slot, what in users.items():
         if slot not in c.slots:
             yield Violation("slot lease", slot, f"{what} without a lease")
-    for slot, ttl in c.wake.items():
-        if ttl == -1:
-            yield Violation("wake lease", slot, "has a wake-up without a time to live")
 
 
 def _check_attempts(c: Contents) -> Iterator[Violation]:

@@ -186,10 +186,11 @@ class Model:
         record = self.records.get(key)
         if record is None:
             record = self.records[key] = Record(key, RELEASED)
-        if record.state != MEMORY:
-            self._remember(record, data)
         record.holders[client] = epoch
-        self._tell_state(client, [key])
+        if record.state == MEMORY:
+            self._tell_state(client, [key])
+        else:
+            self._remember(record, data)
         self.settle()
 
     def hold(self, client: str, epoch: int, keys: Sequence[str]) -> list[str]:

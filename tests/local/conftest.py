@@ -3,7 +3,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,7 @@ def members(pid: int) -> list[psutil.Process]:
     return found
 
 
-def all_gone(processes: list[psutil.Process], timeout: float = 10) -> bool:
+def all_gone(processes: Iterable[psutil.Process], timeout: float = 10) -> bool:
     """Wait until processes have ended; a zombie has, whoever is to wait for it."""
     deadline = time.monotonic() + timeout
     for process in processes:

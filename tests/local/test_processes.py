@@ -128,15 +128,16 @@ def test_parent_and_supervisor_killed_together_leave_no_orphan(parent: Parent) -
     assert not os.path.exists(report["folder"])
 
 
-def test_a_killed_keeper_leaves_the_folder_to_the_supervisor(processes: Processes) -> None:
-    pid = start_and_see(processes, "redis", SLEEPER, stage=0)
-    (keeper,) = (c for c in psutil.Process(processes._supervisor.pid).children() if c.pid != pid)
+def test_a_killed_keeper_is_replaced_by_one_that_knows_all(processes: Processes) -> None:
+    supervisor = psutil.Process(processes._supervisor.pid)
+    pool = start_and_see(processes, "worker-0", POOL)
+    (keeper,) = (child for child in supervisor.children() if child.pid != pool)
     keeper.kill()
-    assert all_gone([keeper])
-    processes.start("worker-0", SLEEPER)  # refused: nobody would clean up after it
-    processes.wait_until_started()
-    assert "worker-0 did not start" in processes.troubles()[0]
-    processes.close()
+    while not {child.pid for child in supervisor.children()} - {pool, keeper.pid}:
+        pass
+    left = [*supervisor.children(), *members(pool)]
+    supervisor.kill()
+    assert all_gone(left)
     assert not os.path.exists(processes.folder)
 
 

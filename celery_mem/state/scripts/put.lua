@@ -15,17 +15,22 @@ for a = 8, #ARGV, 6 do
   local key, kind, data = ARGV[a], ARGV[a + 3], ARGV[a + 4]
   local r = load(key)
   if r and r.state == 'memory' then
-    if kind == 'b' then redis.call('UNLINK', P .. K.blob .. data .. ':' .. key) end
+    if kind == 'b' then
+      if extra(r, F.blob) == data then keep_blob(data, key) else redis.call('UNLINK', P .. K.blob .. data .. ':' .. key) end
+    end
+    take_hold(client, epoch, r)
+    note_standing(client, r, epoch, notice_limit)
   else
     if not r then
       r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, holders = ''}
       records[key] = r
     end
     withdraw(r)
-    redis.call('HDEL', r.name, F.error, F.blame)
+    redis.call('HDEL', r.name, F.error, F.blame, F.attempt)      -- a run that ends later comes too late
+    take_hold(client, epoch, r)
     enter_memory(r, ARGV[a + 1], ARGV[a + 2], kind, data, ARGV[a + 5])
+    notify_result(r, kind, data, notice_limit)
   end
-  take_hold(client, epoch, r)
   settle_later(key)
 end
 flush_holds(client)

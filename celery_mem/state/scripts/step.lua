@@ -26,14 +26,20 @@ local leaving = string.find(mode, 'q', 1, true)
 relief()
 if ticket ~= '' then redis.call('ZREM', P .. K.tickets, ticket) end
 if string.find(mode, 'i', 1, true) then redis.call('ZREM', P .. K.idle, slot) end
-redis.call('SADD', P .. K.node_slots .. node, slot)
-redis.call('ZADD', P .. K.slots, now + lease, slot)
+if ticket ~= '' or not redis.call('ZSCORE', P .. K.slots, slot) then
+  -- It begins, or it was given up for dead and is back: from here on the node's heartbeats keep its lease.
+  redis.call('SADD', P .. K.node_slots .. node, slot)
+  redis.call('ZADD', P .. K.slots, now + lease, slot)
+end
 
-local stale = {}
+local stale, late = {}, {}
 local function current(key, attempt)
   local r = load(key)
   if r and r.state == 'processing' and r.attempt == attempt then return r end
-  if not (r and r.state == 'memory' and r.attempt == attempt) then stale[#stale + 1] = key end
+  if not (r and r.state == 'memory' and r.attempt == attempt) then    -- else a repeat of what was applied
+    stale[#stale + 1] = key
+    late[key] = true
+  end
   return nil
 end
 
@@ -46,9 +52,9 @@ for _ = 1, tonumber(ARGV[12]) do
     if kind == 'b' and redis.call('EXISTS', P .. K.blob .. data .. ':' .. key) == 0 then enqueue(r)
     else
       enter_memory(r, ARGV[a + 2], ARGV[a + 3], kind, data, ARGV[a + 6])
-      if kind == 'v' and #data <= notice_limit then notify(r, 'm', data) else notify(r, 'M') end
+      notify_result(r, kind, data, notice_limit)
     end
-  end
+  elseif kind == 'b' and not late[key] then keep_blob(data, key) end
   a = a + 7
 end
 for _ = 1, tonumber(ARGV[13]) do
@@ -86,8 +92,11 @@ if string.find(mode, 'r', 1, true) and want > 0 then
     keys[#keys + 1] = key
   end
 end
-local share = math.ceil(redis.call('ZCARD', P .. K.ready) / math.max(1, active_slots()))
-want = math.min(want, math.max(1, share)) - #keys
+if want > 1 then
+  local share = math.ceil(redis.call('ZCARD', P .. K.ready) / math.max(1, active_slots()))
+  want = math.min(want, math.max(1, share))
+end
+want = want - #keys
 if want > 0 and not leaving then
   local head_of_queue = redis.call('ZPOPMIN', P .. K.ready, want)
   for i = 1, #head_of_queue, 2 do keys[#keys + 1] = string.sub(head_of_queue[i], 17) end
@@ -119,15 +128,17 @@ if #keys > 0 then
 end
 flush_notices()
 
-local left = redis.call('ZCARD', P .. K.ready)
 local goes = leaving or (#keys == 0 and string.find(mode, 'l', 1, true))
 if goes then
   redis.call('ZREM', P .. K.slots, slot)
   redis.call('SREM', P .. K.node_slots .. node, slot)
   redis.call('UNLINK', P .. K.wake .. slot)
-elseif #keys == 0 and tonumber(ARGV[10]) > 0 then
+elseif #keys == 0 and want > 0 then
   redis.call('ZADD', P .. K.idle, now, slot)
 end
 local tickets = {}
-if left > 0 and (added > 0 or goes) then tickets = reserve_tickets(left - wake(math.min(left, added)), ticket_lease) end
+if added > #keys or goes then
+  local left = redis.call('ZCARD', P .. K.ready)
+  if left > 0 then tickets = reserve_tickets(left - wake(math.min(left, added)), ticket_lease) end
+end
 return {taken, stale, tickets}

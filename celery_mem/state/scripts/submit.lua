@@ -64,7 +64,7 @@ for _, task in ipairs(tasks) do
     records[key] = r
     touch(r)
     if r.fn then count_function(fn, 1) end
-    if blob ~= '' then redis.call('PERSIST', P .. K.blob .. blob .. ':' .. key) end
+    if blob ~= '' then keep_blob(blob, key) end
     if ARGV[a + 4] ~= '0' then
       r.priority = ARGV[a + 4]
       add_fields(fresh, F.priority, r.priority)
@@ -77,17 +77,19 @@ for _, task in ipairs(tasks) do
       for _, dep in ipairs(task.deps) do redis.call('HSET', P .. K.dependents .. dep, key, '') end
     end
   end
+  if known then
+    local blob = ARGV[a + 3]
+    if blob ~= '' and extra(r, F.payload_blob) == blob then keep_blob(blob, key) end
+    if r.state == 'erred' and r.holders == '' then rerun[#rerun + 1] = r end
+  end
   if ARGV[a + 7] == '1' then
-    local was_held = r.holders ~= ''
     take_hold(client, epoch, r)
-    if known then
-      if r.state == 'erred' and not was_held then rerun[#rerun + 1] = r end
-      task.standing = true
-    end
+    task.standing = known
   end
 end
 flush_holds(client)
 
+-- An error that nobody holds, nor a task that it took down, is of the past: the task runs again.
 for _, r in ipairs(rerun) do
   local blamed = false
   for _, name in ipairs(dependents_of(r)) do

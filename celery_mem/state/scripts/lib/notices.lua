@@ -19,6 +19,10 @@ local function notify(r, code, bytes)
   end)
 end
 
+local function notify_result(r, kind, data, limit)
+  if kind == 'v' and #data <= limit then notify(r, 'm', data) else notify(r, 'M') end
+end
+
 -- The pickled error that the task `blame` raised; empty where data was lost instead.
 local function error_of(blame) return redis.call('HGET', P .. K.task .. blame, F.error) or '' end
 

@@ -9,8 +9,8 @@ local function enqueue(r)
 end
 
 local function dequeue(r)
-  if readied[r.key] then readied[r.key] = nil
-  else unreadied[r.key] = r end
+  readied[r.key] = nil
+  unreadied[r.key] = r      -- also if this call put it there: it may have been in the queue before
 end
 
 local function flush_queue()
@@ -32,11 +32,12 @@ end
 
 -- Wake up to n waiting slots; returns how many were woken.
 local function wake(n)
+  if n <= 0 then return 0 end
   local idle = redis.call('ZPOPMAX', P .. K.idle, n)
   for i = 1, #idle, 2 do
     local name = P .. K.wake .. idle[i]
     redis.call('LPUSH', name, '1')
-    redis.call('PEXPIRE', name, 10000)
+    redis.call('PEXPIRE', name, 10000)      -- a slot that dies before it looks leaves nothing
   end
   return #idle / 2
 end

@@ -38,6 +38,9 @@ local function load(key, with_payload)
   return r
 end
 
+-- A blob is written with a time to live; the record that names it takes that away. A repeated call brings it again.
+local function keep_blob(token, key) redis.call('PERSIST', P .. K.blob .. token .. ':' .. key) end
+
 local function extra(r, field) return redis.call('HGET', r.name, field) end
 
 local function deps_of(r)
@@ -79,16 +82,19 @@ end
 
 local function remove_holder(r, id)
   if r.holders == '' then return false end
-  local kept, found = '', false
-  each_holder(r, function(other, epoch)
-    if other == id then found = true
-    else kept = (kept == '' and '' or kept .. '\n') .. other .. ' ' .. epoch end
-  end)
-  if found then
-    r.holders = kept
-    touch(r)
+  local text, at = '\n' .. r.holders .. '\n', 1
+  while true do
+    local from, to = string.find(text, '\n' .. id .. ' ', at, true)
+    if not from then return false end
+    local line_end = string.match(text, '^%d+()\n', to + 1)     -- else it is a longer id that begins like this one
+    if line_end then
+      local before, after = string.sub(text, 2, from - 1), string.sub(text, line_end + 1, -2)
+      r.holders = before .. (before ~= '' and after ~= '' and '\n' or '') .. after
+      touch(r)
+      return true
+    end
+    at = to
   end
-  return found
 end
 
 local function is_wanted(r) return r.needed > 0 or r.holders ~= '' end

@@ -152,7 +152,7 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains)
   else
     redis.call('HSET', r.name, F.state, 'memory', F.nbytes, nbytes, F.type, type_name, F.blob, data, F.attached, 1)
     r.attached = '1'
-    redis.call('PERSIST', P .. K.blob .. data .. ':' .. r.key)
+    keep_blob(data, r.key)
   end
   if contains ~= '' then
     redis.call('HSET', r.name, F.contains, contains, F.attached, 1)

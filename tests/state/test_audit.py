@@ -1,0 +1,216 @@
+"""Each rule of the audit sees what was broken on purpose, by hand, and names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from celery_mem.state.audit import RULES, Violation, audit
+from celery_mem.state.keys import FIXED, META, PREFIXES, TASK
+from celery_mem.state.store import Done, Failed, NewData, NewTask, Store
+
+Command = tuple[object, ...]
+
+
+@pytest.fixture
+def graph(make_store: Callable[..., Store]) -> Store:
+    """A sound namespace with tasks in all states: what its tests break is not audited at their end.
+
+    Keys: `gone` is lost, `input` was freed when `made` was done, `large` has a blob;
+    `outer` contains `inner`; `bad` failed and took `victim` down; `running` runs, and `waits`
+    for it; `ready` is ready.
+    """
+    store = make_store()
+    store.renew_client("alice", join=True)
+    data = store.keys.blob("token", "large")
+    call = store.keys.blob("call", "ready")
+    store.put("alice", 1, [NewData("gone", 3, "bytes", "v", b"abc"), NewData("inner", 1, "bytes", "v", b"i")])
+    store.put("alice", 2, [NewData("outer", 1, "bytes", "v", b"o", ["inner"])])
+    store.put("alice", 3, [NewData("large", 9, "bytes", "b", "token")], before=[blob(data)])
+    tasks = [
+        NewTask("input", "f", b"call", deps=["gone"], order=1, hold=False),
+        NewTask("made", "f", b"call", deps=["input"], order=2),
+        NewTask("bad", "f", b"call", order=3),
+        NewTask("victim", "f", b"call", deps=["bad"], order=4),
+        NewTask("running", "f", b"call", order=5, hold=False),
+        NewTask("waits", "f", b"call", deps=["running"], order=6),
+    ]
+    store.submit("alice", 4, tasks, [("f", b"code")])
+    taken = store.step("slot", "node", ticket="1", want=3).taken
+    assert [t.key for t in taken] == ["input", "bad", "running"]
+    store.step(
+        "slot",
+        "node",
+        want=0,
+        done=[Done("input", taken[0].attempt, 1, "bytes", "v", b"1")],
+        failed=[Failed("bad", taken[1].attempt, b"error", may_retry=False)],
+    )
+    (made,) = store.step("slot", "node").taken
+    store.step("slot", "node", want=0, done=[Done("made", made.attempt, 1, "bytes", "v", b"2")])
+    store.release("alice", ["gone", "inner"])
+    store.submit(
+        "alice", 5, [NewTask("ready", "g", b"", "call", priority=1)], [("g", b"code")], before=[blob(call)]
+    )
+    assert audit(store) == []
+    return store
+
+
+def blob(key: str) -> Command:
+    return ("HSET", key, "h", b"head")
+
+
+def field(key: str, name: str, value: object = None) -> Command:
+    """Set, or without value remove, a field of a record."""
+    return ("HDEL", f"t:{key}", TASK[name]) if value is None else ("HSET", f"t:{key}", TASK[name], value)
+
+
+def spoil(store: Store, *commands: Command) -> set[tuple[str, str]]:
+    """Carry out commands, whose keys are relative to the namespace; return rule and key of each violation."""
+    for name, key, *rest in commands:
+        store.link.call(name, f"{store.keys.prefix}{key}", *rest)
+    return {(v.rule, v.key) for v in audit(store)}
+
+
+RANK = "0" * 16
+
+BREAKS: list[tuple[str, str, list[Command]]] = [
+    ("unwanted data", "made", [field("made", "holders", "")]),
+    ("unwanted work", "ready", [field("ready", "holders", "")]),
+    ("unwanted work", "waits", [field("waits", "holders", "")]),
+    ("orphan record", "victim", [field("victim", "holders", "")]),
+    ("not raised", "input", [field("input", "holders", "alice 1")]),
+    ("left over", "made", [("DEL", "c:alice")]),
+    ("left over", "f", [("DEL", "c:alice")]),
+    ("state", "made", [field("made", "state", "finished")]),
+    ("state", "made", [("HSET", "t:made", "zz", 1)]),
+    ("state", "input", [field("input", "state", "lost")]),
+    ("data", "made", [field("made", "value")]),
+    ("data", "made", [field("made", "nbytes")]),
+    ("data", "made", [field("made", "blob", "token")]),
+    ("data", "bad", [field("bad", "value", b"1")]),
+    ("data", "large", [field("large", "attached")]),
+    ("payload", "made", [field("made", "payload")]),
+    ("payload", "made", [field("made", "payload_blob", "call")]),
+    ("blame", "bad", [field("bad", "blame")]),
+    ("blame", "bad", [field("bad", "error")]),
+    ("blame", "victim", [field("victim", "error", b"x")]),
+    ("blame", "made", [field("made", "blame", "made")]),
+    ("missing dependency", "made", [("DEL", "t:input")]),
+    ("waits for error", "waits", [field("running", "state", "erred")]),
+    ("waiting count", "waits", [field("waits", "waiting", 2)]),
+    ("waiting count", "made", [field("made", "waiting", 1)]),
+    ("waiting count", "waits", [field("waits", "waiting", 0), field("running", "state", "memory")]),
+    ("needed count", "running", [field("running", "needed", 2)]),
+    ("needed count", "input", [field("input", "needed", 1)]),
+    ("inputs missing", "waits", [field("waits", "state", "ready")]),
+    ("inputs missing", "waits", [field("waits", "state", "processing")]),
+    ("function count", "f", [("HSET", "functions", "f", 5)]),
+    ("function count", "ghost", [("HSET", "functions", "ghost", 1)]),
+    ("function count", "g", [("HDEL", "functions", "g")]),
+    ("ready queue", "ready", [("DEL", "ready")]),
+    ("ready queue", "made", [("ZADD", "ready", 0, RANK + "made")]),
+    ("ready queue", "ready", [field("ready", "priority", 2)]),
+    ("ready queue", "ready", [field("ready", "rank", RANK)]),
+    ("slot index", "running", [("DEL", "s:slot")]),
+    ("slot index", "running", [("HSET", "s:slot", "running", 99)]),
+    ("slot index", "running", [("HSET", "s:other", "running", 3)]),
+    ("slot index", "running", [field("running", "owner")]),
+    ("slot index", "made", [("HSET", "s:slot", "made", 4)]),
+    ("slot lease", "slot", [("ZREM", "slots", "slot")]),
+    ("slot lease", "ghost", [("ZADD", "idle", 0, "ghost")]),
+    ("slot lease", "ghost", [("LPUSH", "w:ghost", "1")]),
+    ("slot lease", "ghost", [("SADD", "ns:node", "ghost")]),
+    ("attempt", "made", [field("made", "attempt", 99)]),
+    ("attempt", "made", [field("made", "attempt", 1)]),
+    ("attempt", "running", [("HSET", "meta", META["attempts"], 1)]),
+    ("dependents index", "waits", [("DEL", "d:running")]),
+    ("dependents index", "ghost", [("HSET", "d:running", "ghost", "")]),
+    ("holders index", "made", [("SREM", "c:alice", "made")]),
+    ("holders index", "ghost", [("SADD", "c:alice", "ghost")]),
+    ("holders index", "made", [field("made", "holders", "alice 1\n@ghost 0")]),
+    ("holders index", "inner", [field("outer", "contains")]),
+    ("client lease", "alice", [("ZREM", "clients", "alice")]),
+    ("client lease", "ghost", [("XADD", "n:ghost", "*", "made", "1 M")]),
+    ("client lease", "ghost", [("SADD", "c:ghost", "made")]),
+    ("function code", "f", [("DEL", "f:f")]),
+    ("function code", "ghost", [("SET", "f:ghost", "code")]),
+    ("blob missing", "token:large", [("DEL", "b:token:large")]),
+    ("blob missing", "call:ready", [("DEL", "b:call:ready")]),
+    ("blob lease", "token:large", [("PEXPIRE", "b:token:large", 100_000)]),
+    ("blob lease", "new:made", [("HSET", "b:new:made", "h", "head")]),
+    ("unknown key", "zzz", [("SET", "zzz", 1)]),
+    ("unknown key", "t:made", [("DEL", "t:made"), ("SET", "t:made", 1)]),
+    ("unknown key", "zzz:made", [("SET", "zzz:made", 1)]),
+]
+
+
+@pytest.mark.parametrize(("rule", "key", "commands"), BREAKS)
+def test_audit_names_what_is_broken(graph, rule, key, commands):
+    name = graph.keys.prefix + key if rule == "unknown key" else key
+
+    assert (rule, name) in spoil(graph, *commands)
+
+
+def test_every_rule_of_the_audit_is_broken_by_a_test():
+    assert {rule for rule, _, _ in BREAKS} == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("rule", "key", "commands"),
+    [
+        ("unwanted data", "made", [field("made", "holders", "")]),
+        ("unwanted work", "ready", [field("ready", "holders", "")]),
+        ("orphan record", "victim", [field("victim", "holders", "")]),
+        ("not raised", "input", [field("input", "holders", "alice 1")]),
+        ("waits for error", "waits", [field("running", "state", "erred")]),
+    ],
+)
+def test_a_key_that_waits_for_the_sweep_is_excused_from_what_the_sweep_enforces(graph, rule, key, commands):
+    assert (rule, key) not in spoil(graph, ("SADD", "unsettled", key), *commands)
+
+
+def test_a_blob_in_flight_is_no_violation(graph):
+    assert spoil(graph, ("HSET", "b:new:made", "h", "head"), ("PEXPIRE", "b:new:made", 100_000)) == set()
+
+
+def test_a_slot_whose_lease_is_over_is_no_violation_as_long_as_it_is_there_to_be_recovered(graph):
+    assert spoil(graph, ("ZADD", "slots", 0, "slot"), ("ZADD", "clients", 0, "alice")) == set()
+
+
+def test_audit_sees_only_its_own_namespace(graph, make_store):
+    other = make_store()
+    other.link.call("SET", other.keys.prefix + "zzz", 1)
+
+    assert audit(graph) == []
+    assert audit(other) == [Violation("unknown key", other.keys.prefix + "zzz", "is a string")]
+
+
+def test_a_namespace_without_clients_is_empty_but_for_its_members(graph):
+    graph.step("slot", "node", want=0, mode="q", back=[("running", attempt_of(graph, "running"))])
+    while graph.expire_client("alice")[0]:
+        pass
+
+    assert audit(graph) == []
+    prefix = graph.keys.prefix.encode()
+    assert set(graph.link.call("KEYS", graph.keys.prefix + "*")) == {prefix + b"meta"}
+
+
+def test_a_violation_tells_the_rule_in_words(graph):
+    graph.link.call("SREM", graph.keys.of("held", "alice"), "made")
+
+    (violation,) = audit(graph)
+    assert str(violation) == (
+        "holders index: 'made' is held by alice only by its record "
+        "(the holders of a record and the keys of a holder say the same)"
+    )
+
+
+def test_every_kind_of_key_has_a_type():
+    from celery_mem.state.audit import TYPES
+
+    assert TYPES.keys() == FIXED.keys() | PREFIXES.keys()
+
+
+def attempt_of(store: Store, key: str) -> str:
+    return store.link.call("HGET", store.keys.of("task", key), TASK["attempt"]).decode()
