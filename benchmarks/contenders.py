@@ -68,7 +68,7 @@ class Contender:
         raise NotImplementedError
 
     def redis_used_memory(self) -> int:
-        """Bytes of memory that Redis has in use; for contenders that have a Redis."""
+        """Bytes of memory that Redis has in use, connections' buffers apart; where there is a Redis."""
         raise NotImplementedError
 
 
@@ -118,7 +118,7 @@ class CeleryMem(FuturesContender):
     name = "celery-mem"
 
     def load(self) -> None:
-        import celery_mem  # noqa: F401
+        from celery_mem import Client, LocalCluster  # noqa: F401
 
     def start(self) -> None:
         import redis
@@ -144,7 +144,8 @@ class CeleryMem(FuturesContender):
         return sum(self.client.info()["tasks"].values())
 
     def redis_used_memory(self) -> int:
-        return int(self.redis.info("memory")["used_memory"])
+        memory = self.redis.info("memory")
+        return int(memory["used_memory"]) - int(memory.get("mem_clients_normal", 0))
 
 
 class Distributed(FuturesContender):

@@ -77,7 +77,16 @@ def _merge(outcome: Outcome, contender: str, entries: list[dict]) -> None:
 
 def _brief(entries: list[dict]) -> str:
     measured = [entry for entry in entries if "workload" in entry]
-    return "  ".join(f"{e['workload']} {e['value']:,.4g} {WORKLOADS[e['workload']].unit}" for e in measured)
+    return "  ".join(
+        f"{e['workload']} {figure(e['value'])} {WORKLOADS[e['workload']].unit}" for e in measured
+    )
+
+
+def figure(value: float) -> str:
+    """Three digits that matter, and separators for thousands."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
 
 
 def _run_child(

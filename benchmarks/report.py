@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.contenders import REFERENCES, CeleryMem
-from benchmarks.harness import Outcome
+from benchmarks.harness import Outcome, figure
 from benchmarks.workloads import WORKLOADS, Workload
 
 
@@ -124,13 +124,6 @@ def render(lines: list[Line]) -> str:
         ]
         text.append("  ".join(cells).rstrip())
     return "\n".join(text)
-
-
-def figure(value: float) -> str:
-    """Three digits that matter, and separators for thousands."""
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
 
 
 def machine() -> dict[str, Any]:

@@ -94,19 +94,16 @@ class Watch:
         keys = self.store.keys
         self.own_names = {keys.fixed(name) for name in OWN_NAMES}
         self.own_prefixes = tuple(keys.of(kind, "") for kind in OWN_KINDS)
-        self.samples: list[dict[str, float]] = []
+        self.samples: list[dict[str, float]] = []  # under traffic
         self.started = time.monotonic()
 
     def sample(self) -> dict[str, float]:
-        """Record and return seconds since the start, bytes in use and number of keys."""
-        self.samples.append(
-            {
-                "seconds": round(time.monotonic() - self.started, 1),
-                "used_memory": int(self.redis.info("memory")["used_memory"]),
-                "keys": int(self.redis.dbsize()),
-            }
-        )
-        return self.samples[-1]
+        """Seconds since the start, bytes in use and number of keys, now."""
+        return {
+            "seconds": round(time.monotonic() - self.started, 1),
+            "used_memory": int(self.redis.info("memory")["used_memory"]),
+            "keys": int(self.redis.dbsize()),
+        }
 
     def left(self) -> list[str]:
         """Redis keys of tasks, results and clients."""
@@ -171,6 +168,7 @@ class Crew:
                     self.crash()
                     next_crash = now + self.args.crash_every
                 sample = watch.sample()
+                watch.samples.append(sample)
                 if now >= next_line:
                     print(
                         f"{now - started:6.0f} s  Redis {sample['used_memory'] / 2**20:7.2f} MiB  "

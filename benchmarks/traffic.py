@@ -9,7 +9,6 @@ sender has let go.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
 import sys
@@ -110,7 +109,7 @@ class Traffic:
         "retry": 2,
         "send": 4,
         "receive": 4,
-        "idle": 2,
+        "idle": 1,
         "reconnect": 0.3,
     }
 
@@ -217,18 +216,18 @@ class Traffic:
     def send(self) -> None:
         if self.mailbox is not None:
             for entry in self.sample([e for e in self.held if e.is_number], 1, 1):
-                letter = (os.getpid(), pickle.dumps(entry.future), entry.expected)
-                self.mailbox.lpush(self.MAILBOX, pickle.dumps(letter))
+                self.mailbox.lpush(self.MAILBOX, pickle.dumps((entry.future, entry.expected)))
                 self.mailbox.ltrim(self.MAILBOX, 0, 99)
 
     def receive(self) -> None:
         letter = self.mailbox.rpop(self.MAILBOX) if self.mailbox is not None else None
         if letter is not None:
-            _, future, expected = pickle.loads(letter)
-            self.add(pickle.loads(future), expected, borrowed=True)
+            future, expected = pickle.loads(letter)  # unpickling holds the key, if it is still there
+            self.add(future, expected, borrowed=True)
+            self.keep([entry for entry in self.held if not entry.future.cancelled()])
 
     def idle(self) -> None:
-        time.sleep(self.rng.random())
+        time.sleep(self.rng.uniform(0, 0.5))
 
     def reconnect(self) -> None:
         self.keep([])

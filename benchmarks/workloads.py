@@ -193,7 +193,8 @@ def held_bytes(contender: Contender, n: int) -> float:
     """Bytes of Redis memory per task whose small result a client holds.
 
     The growth of `used_memory` over `n` held tasks: it counts all that Redis keeps for them (the
-    records, values, holders, indexes and the tables that these sit in), not values alone.
+    records, values, holders, indexes and the tables that these sit in), not values alone. What the
+    connections have for buffers at the moment is left out, before and after.
     """
     contender.gather(contender.map(inc, fresh_numbers(16)))
     contender.drain()
@@ -207,7 +208,7 @@ def held_bytes(contender: Contender, n: int) -> float:
 
 
 def _settled_memory(contender: Contender) -> int:
-    """Redis' memory in use, once buffers and queues of the work just done have been given back."""
+    """Redis' memory in use, once notices and queues of the work just done have been read and trimmed."""
     lowest, unchanged = contender.redis_used_memory(), 0
     while unchanged < 5:
         time.sleep(0.1)

@@ -25,6 +25,7 @@ import redis
 from celery_mem import Client, LocalCluster, progress
 from celery_mem.config import Settings
 from celery_mem.state.audit import RULES, audit
+from celery_mem.state.inspect import namespace_status
 from celery_mem.state.store import Store
 
 COLUMNS = {
@@ -49,13 +50,13 @@ def main() -> None:
         title("The cluster")
         with LocalCluster(n_workers=2) as cluster:
             with Client(cluster) as client:
-                print(f"{cluster}")
-                figures(client, "before any work")
+                print(f"  {cluster}")
+                before = figures(client, "before any work")
                 frame_story(client, folder, table, airlines)
                 futures_story(client, folder, table)
 
             title("What is left")
-            nothing_is_left(cluster)
+            nothing_is_left(cluster, before)
     print(f"\nAll results equal to pandas, all memory given back, in {time.monotonic() - started:.0f} s.")
 
 
@@ -70,7 +71,8 @@ def frame_story(client: Client, folder: Path, table: pd.DataFrame, airlines: pd.
     flown = client.persist(flown)  # returns at once: the same frame, made of futures that pin its partitions
     progress(flown)
     del flights
-    only_flown = figures(client, f"`flown` is held: {flown.npartitions} partitions")
+    n = flown.npartitions
+    only_flown = expect(client, f"`flown` is held: {n} partitions", lambda info: info["tasks"]["memory"] == n)
 
     title("Three questions to the frame in memory, each checked against pandas")
     whole = table[table.arr_delay.notnull()]
@@ -99,6 +101,7 @@ def frame_story(client: Client, folder: Path, table: pd.DataFrame, airlines: pd.
     late = flown[flown.arr_delay > MINUTES_LATE].assign(hours=flown.arr_delay / 60)
     expect(client, "while both exist", lambda info: info["nbytes"] == only_flown["nbytes"])
     del flown
+    time.sleep(0.5)  # long enough for anything to be freed that nobody holds
     still_pinned = expect(client, "after `del flown`", lambda info: info["nbytes"] == only_flown["nbytes"])
 
     say(
@@ -212,17 +215,23 @@ def is_empty(info: dict) -> bool:
     return info["nbytes"] == 0 and not any(info["tasks"].values())
 
 
-def nothing_is_left(cluster: LocalCluster) -> None:
+def nothing_is_left(cluster: LocalCluster, before: dict) -> None:
     """Check every rule of the state in Redis, and that no key of a task, result or client is there."""
     store = Store.connect(Settings.load(url=cluster.url, namespace=cluster.namespace))
-    deadline = time.monotonic() + 5
-    while (left := keys_of_work(store)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    violations = audit(store)
+    violations, left = audit(store), keys_of_work(store)
     print(f"  audit: {len(violations)} violations of {len(RULES)} rules")
     print(f"  keys of tasks, results and clients in Redis: {len(left)}")
     if left or violations:
         raise AssertionError(f"left: {left}; violations: {[str(violation) for violation in violations]}")
+
+    # Redis takes the buffers of a connection back when it was silent for two seconds.
+    deadline = time.monotonic() + 5
+    while (now := namespace_status(store)["redis"])["used_memory"] > before["redis"]["used_memory"] + 2e6:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"Redis still uses {now['used_memory_human']}")
+        time.sleep(0.1)
+    at_first = before["redis"]["used_memory_human"]
+    print(f"  memory of Redis: {at_first} before any work, {now['used_memory_human']} now")
 
 
 def keys_of_work(store: Store) -> list[str]:

@@ -38,11 +38,11 @@ RULES = {
     # indexes
     "ready queue": "the queue has every ready task once, under its priority, and nothing else",
     "slot index": "a running task has an owner and an attempt, and its slot's index says the same",
-    "slot lease": "a slot that owns, idles, is woken or belongs to a node has a lease, alive or to be recovered",
+    "slot lease": "a slot that owns, idles, is woken or belongs to a node has a lease, if only an old one",
     "attempt": "attempt numbers come from one counter, and none was given twice",
     "dependents index": "the dependents of a key are the records that depend on it",
     "holders index": "the holders of a record and the keys of a holder say the same",
-    "client lease": "what holds or hears has a lease, alive or to be recovered",
+    "client lease": "what holds or hears has a lease, if only an old one",
     # bulk
     "function code": "code is stored for every function in use, and for no other",
     "blob missing": "the blob that a record names exists",

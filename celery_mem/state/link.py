@@ -12,7 +12,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis import ConnectionPool
@@ -35,6 +35,7 @@ from celery_mem.errors import RedisUnavailableError, raise_for_reply
 from celery_mem.state.loader import Script
 
 Command = tuple[Any, ...]
+Repeat = Callable[[tuple[Any, ...]], tuple[Any, ...]]
 BROKEN = (ConnectionError, TimeoutError, OSError)
 """Errors after which the connection is replaced; whether the last command was carried out is unknown."""
 
@@ -92,24 +93,34 @@ class Link:
         """Send one command and return its reply."""
         return self.batch([command])[0]
 
-    def run(self, script: Script, *args: Any, before: Sequence[Command] = ()) -> Any:
+    def run(
+        self, script: Script, *args: Any, before: Sequence[Command] = (), repeat: Repeat | None = None
+    ) -> Any:
         """Run one script, after the plain commands in `before`, in one round trip.
 
+        Args:
+            repeat: gives the arguments of a repeat after a lost reply, for a script that must know; None: the same.
         Raises:
             StateError: the script refused; the class tells why.
             RedisUnavailableError: no answer for `retry_timeout` seconds.
         """
+        again = None if repeat is None else lambda: [*before, ("EVALSHA", script.sha, *repeat(args))]
         try:
-            return self.batch([*before, ("EVALSHA", script.sha, *args)])[-1]
+            return self.batch([*before, ("EVALSHA", script.sha, *args)], again)[-1]
         except NoScriptError:
             self.call("SCRIPT", "LOAD", script.source)
-            return self.run(script, *args, before=before)
+            # A reply may have been lost with the Redis that knew the script.
+            return self.run(script, *(args if repeat is None else repeat(args)), before=before, repeat=repeat)
         except ResponseError as reply:
             raise_for_reply(reply, script.name)
 
-    def batch(self, commands: Sequence[Command]) -> list[Any]:
+    def batch(
+        self, commands: Sequence[Command], again: Callable[[], Sequence[Command]] | None = None
+    ) -> list[Any]:
         """Send commands together and return their replies.
 
+        Args:
+            again: gives what to send once a reply may have been lost; None: the same.
         Raises:
             RedisUnavailableError: the connection stayed broken for `retry_timeout` seconds.
             redis.ResponseError: the first error among the replies.
@@ -128,6 +139,7 @@ class Link:
                     raise RedisUnavailableError(
                         f"no Redis at {self.address} for {self.retry_timeout:g} s: {error}"
                     ) from error
+                commands = commands if again is None else again()
             except ResponseError as error:
                 if not str(error).startswith(("BUSY ", "MASTERDOWN ")) or time.monotonic() + delay > deadline:
                     raise

@@ -43,6 +43,8 @@ def load_script(name: str) -> Script:
     parts = lib[1].split() if lib else []
     joined = "\n".join([*("" if name == "open" else _part("prelude"),), *map(_part, parts), body])
     source = _NAME.sub(lambda m: repr(_TABLES[m[1]][m[2]]), _strip_comments(joined))
+    # A local is found faster than a field of a global; scripts make a dozen calls per task.
+    source = "local call = redis.call\n" + source.replace("redis.call(", "call(")
     return Script(name, source, hashlib.sha1(source.encode()).hexdigest())  # noqa: S324 (Redis names scripts so)
 
 

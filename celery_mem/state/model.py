@@ -112,7 +112,7 @@ class Record:
     rank: str = ""
     retries: int = 0  # what is left of them
     deaths: int = 0  # slots that died while they ran this task
-    attempt: int = 0  # the current or last one
+    attempt: int = 0  # the current or last one, 0 if data came without one
     owner: str | None = None  # Invariant: a slot while processing, else None
     data: Data | None = None  # Invariant: given exactly in state memory
     error: bytes | None = None  # Invariant: given exactly while erred and to blame for it
@@ -191,6 +191,7 @@ class Model:
             self._tell_state(client, [key])
         else:
             self._remember(record, data)
+            record.attempt = 0  # a run that ends later comes too late
         self.settle()
 
     def hold(self, client: str, epoch: int, keys: Sequence[str]) -> list[str]:

@@ -159,13 +159,13 @@ class Store:
         """Return a store with a connection of its own."""
         return Store(self.link.twin(), self.settings, self.generation, now_ms=self.now_ms)
 
-    def _run(self, name: str, *args: Any, before: Sequence[Command] = ()) -> Any:
+    def _run(self, name: str, *args: Any, **options: Any) -> Any:
         now = "" if self.now_ms is None else self.now_ms
-        return self.link.run(load_script(name), 1, self._meta, self.generation, now, *args, before=before)
+        return self.link.run(load_script(name), 1, self._meta, self.generation, now, *args, **options)
 
-    def _graph(self, name: str, *args: Any, before: Sequence[Command] = ()) -> Any:
+    def _graph(self, name: str, *args: Any, **options: Any) -> Any:
         budget, lease = self.settings.sweep_budget, _ms(self.settings.ticket_lease)
-        return self._run(name, budget, lease, *args, before=before)
+        return self._run(name, budget, lease, *args, **options)
 
     # --- clients ---
 
@@ -265,7 +265,7 @@ class Store:
             args += (f.key, f.attempt, f.error, int(f.may_retry))
         for pair in back:
             args += pair
-        taken, stale, tickets = self._graph("step", *args, before=before)
+        taken, stale, tickets = self._graph("step", *args, before=before, repeat=_repeat_step)
         return Step([_taken(t) for t in taken], _texts(stale), _tickets(tickets))
 
     def heartbeat(self, node: str, *, queue: str = "", **news: Any) -> list[str]:
@@ -313,6 +313,12 @@ class Store:
 
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
+
+
+def _repeat_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of a step whose reply was lost: it asks again for what that gave."""
+    mode = 10  # 4 that every script gets with KEYS, 2 of every script that changes the graph, then the step's
+    return (*args[:mode], args[mode] + "r", *args[mode + 1 :])
 
 
 def _taken(reply: Sequence[Any]) -> Taken:

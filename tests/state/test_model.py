@@ -459,7 +459,7 @@ def test_put_finishes_a_task_in_place_of_its_attempt(model):
 
     assert states(model) == {"a": "memory", "b": "ready"}
     assert set(model.take_notices()) == {Notice("alice", "a", 1, "m"), Notice("bob", "a", 2, "m")}
-    model.step("runner", done=[Done("a", attempt, LARGE)])
+    assert model.step("runner", done=[Done("a", attempt, LARGE)]).stale == ["a"]
     assert model.records["a"].data == SMALL
 
 

@@ -20,12 +20,12 @@ while #stack > 0 do
     if drop_hold(client, key) then cancelled[#cancelled + 1] = key end
     if force then
       notify(r, 'c', reason)
-      each_holder(r, function(holder)
+      for holder in holders_of(r) do
         if string.byte(holder) ~= 64 then
           remove_holder(r, holder)
           drop_from_index(holder, {key})
         end
-      end)
+      end
     end
     if force or r.holders == '' then
       for _, name in ipairs(dependents_of(r)) do stack[#stack + 1] = name end

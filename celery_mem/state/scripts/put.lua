@@ -15,9 +15,7 @@ for a = 8, #ARGV, 6 do
   local key, kind, data = ARGV[a], ARGV[a + 3], ARGV[a + 4]
   local r = load(key)
   if r and r.state == 'memory' then
-    if kind == 'b' then
-      if extra(r, F.blob) == data then keep_blob(data, key) else redis.call('UNLINK', P .. K.blob .. data .. ':' .. key) end
-    end
+    if kind == 'b' and not keep_again(r, F.blob, data) then redis.call('UNLINK', P .. K.blob .. data .. ':' .. key) end
     take_hold(client, epoch, r)
     note_standing(client, r, epoch, notice_limit)
   else

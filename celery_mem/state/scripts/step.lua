@@ -32,13 +32,12 @@ if ticket ~= '' or not redis.call('ZSCORE', P .. K.slots, slot) then
   redis.call('ZADD', P .. K.slots, now + lease, slot)
 end
 
-local stale, late = {}, {}
+local stale = {}
 local function current(key, attempt)
   local r = load(key)
   if r and r.state == 'processing' and r.attempt == attempt then return r end
   if not (r and r.state == 'memory' and r.attempt == attempt) then    -- else a repeat of what was applied
     stale[#stale + 1] = key
-    late[key] = true
   end
   return nil
 end
@@ -54,7 +53,7 @@ for _ = 1, tonumber(ARGV[12]) do
       enter_memory(r, ARGV[a + 2], ARGV[a + 3], kind, data, ARGV[a + 6])
       notify_result(r, kind, data, notice_limit)
     end
-  elseif kind == 'b' and not late[key] then keep_blob(data, key) end
+  elseif kind == 'b' then keep_again(load(key), F.blob, data) end
   a = a + 7
 end
 for _ = 1, tonumber(ARGV[13]) do

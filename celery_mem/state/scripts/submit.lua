@@ -58,6 +58,7 @@ for _, task in ipairs(tasks) do
   if not r then
     local fn, blob = ARGV[a + 1], ARGV[a + 3]
     local fresh = blob == '' and {F.payload, ARGV[a + 2]} or {F.payload_blob, blob, F.attached, 1}
+    if fn ~= '' then add_fields(fresh, F.function, fn) end
     r = {key = key, name = P .. K.task .. key, state = 'released', fn = fn ~= '' and fn, deps_text = nil,
       deps = false, needed = 0, waiting = 0, holders = '', dirty = false, fresh = fresh, priority = false,
       attached = blob ~= '', rank = string.format('%s%06x', generation, ARGV[a + 5])}
@@ -78,8 +79,7 @@ for _, task in ipairs(tasks) do
     end
   end
   if known then
-    local blob = ARGV[a + 3]
-    if blob ~= '' and extra(r, F.payload_blob) == blob then keep_blob(blob, key) end
+    if ARGV[a + 3] ~= '' then keep_again(r, F.payload_blob, ARGV[a + 3]) end
     if r.state == 'erred' and r.holders == '' then rerun[#rerun + 1] = r end
   end
   if ARGV[a + 7] == '1' then

@@ -14,9 +14,9 @@ end
 
 local function notify(r, code, bytes)
   if r.holders == '' then return end
-  each_holder(r, function(id, epoch)
+  for id, epoch in holders_of(r) do
     if string.byte(id) ~= 64 then note(id, r.key, epoch, code, bytes) end   -- 64: '@', a result, not a client
-  end)
+  end
 end
 
 local function notify_result(r, kind, data, limit)

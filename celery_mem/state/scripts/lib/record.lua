@@ -38,10 +38,17 @@ local function load(key, with_payload)
   return r
 end
 
--- A blob is written with a time to live; the record that names it takes that away. A repeated call brings it again.
+local function extra(r, field) return redis.call('HGET', r.name, field) end
+
+-- A blob is written with a time to live; the record that names it takes that away.
 local function keep_blob(token, key) redis.call('PERSIST', P .. K.blob .. token .. ':' .. key) end
 
-local function extra(r, field) return redis.call('HGET', r.name, field) end
+-- A call that is repeated writes its blob again: the record may be the one that names it. Returns whether it is.
+local function keep_again(r, field, token)
+  local is_named = r and extra(r, field) == token
+  if is_named then keep_blob(token, r.key) end
+  return is_named
+end
 
 local function deps_of(r)
   local deps = r.deps
@@ -52,21 +59,20 @@ local function deps_of(r)
   return deps
 end
 
-local function touch(r)
-  if not r.dirty then
-    r.dirty = true
-    touched[#touched + 1] = r
-  end
+-- Have the record written at the end: `counts` its needed and waiting alone, else its state and holders too.
+local function touch(r, counts)
+  if not r.dirty then touched[#touched + 1] = r end
+  if not (counts and r.dirty ~= 'all') then r.dirty = 'all' else r.dirty = 'counts' end
 end
 
 local function set_state(r, state)
   r.state = state
-  if not r.dirty then touch(r) end
+  touch(r)
 end
 
 local function add_needed(r, n)
   r.needed = r.needed + n
-  touch(r)
+  touch(r, true)
 end
 
 -- Holders are lines "id epoch"; most tasks have one.
@@ -75,10 +81,8 @@ local function add_holder(r, id, epoch)
   touch(r)
 end
 
--- Calls f(id, epoch) for each holder.
-local function each_holder(r, f)
-  for id, epoch in string.gmatch(r.holders, '([^\n]+) (%d+)') do f(id, epoch) end
-end
+-- Iterates over id, epoch.
+local function holders_of(r) return string.gmatch(r.holders, '([^\n]+) (%d+)') end
 
 local function remove_holder(r, id)
   if r.holders == '' then return false end
@@ -119,13 +123,11 @@ end
 -- A record made by this call: `fresh` holds its remaining fields and values.
 local function write_fresh(r)
   local fresh = r.fresh
-  if #fresh == 2 and r.needed == 0 and r.fn then
-    redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, F.function, r.fn,
-      fresh[1], fresh[2])
+  if #fresh == 4 and r.needed == 0 then
+    redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, fresh[1], fresh[2], fresh[3], fresh[4])
   else
     redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, F.needed, r.needed,
       F.waiting, r.waiting, unpack(fresh))
-    if r.fn then redis.call('HSET', r.name, F.function, r.fn) end
   end
   r.fresh = false
 end
@@ -138,9 +140,11 @@ local function flush_records()
   end
   for i = 1, #touched do
     local r = touched[i]
+    local dirty = r.dirty
     r.dirty = false
     if records[r.key] == r then
       if r.fresh then write_fresh(r)
+      elseif dirty == 'counts' then redis.call('HSET', r.name, F.needed, r.needed, F.waiting, r.waiting)
       else
         redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.needed, r.needed, F.waiting, r.waiting)
       end

@@ -16,10 +16,11 @@ end
 -- The task is no longer active: its inputs are needed once less.
 local function let_go_of_deps(r)
   if not r.deps_text then return end
-  for _, dep in ipairs(deps_of(r)) do
-    local d = load(dep)
+  local deps = deps_of(r)
+  for i = 1, #deps do
+    local d = load(deps[i])
     add_needed(d, -1)
-    if d.needed == 0 then settle_later(dep) end
+    if d.needed == 0 then settle_later(deps[i]) end
   end
 end
 
@@ -170,7 +171,7 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains)
       local d = load(name)
       if d.state == 'waiting' then
         d.waiting = d.waiting - 1
-        if d.waiting == 0 then enqueue(d) else touch(d) end
+        if d.waiting == 0 then enqueue(d) else touch(d, true) end
       end
     end
   end
