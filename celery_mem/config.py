@@ -58,7 +58,9 @@ class Settings:
                     f"mem_{f.name} must be a number of {f.metadata['unit']} above zero, not {value!r}"
                 )
         if not self.namespace or any(c in self.namespace for c in "{}:\n\r\t *?[]"):
-            raise ConfigError(f"mem_namespace must be a plain word without braces or colons: {self.namespace!r}")
+            raise ConfigError(
+                f"mem_namespace must be a plain word without braces or colons: {self.namespace!r}"
+            )
 
     @classmethod
     def load(cls, app: Celery | None = None, **overrides: Any) -> Settings:
@@ -100,7 +102,7 @@ def _check_names(given: set[str], known: Mapping[str, object], prefix: str) -> N
 
 
 def _parse(text: str, f: dataclasses.Field[Any]) -> Any:
-    kind = type(f.default)
+    kind: Any = type(f.default)
     try:
         return kind(text)
     except ValueError:

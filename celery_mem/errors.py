@@ -151,6 +151,30 @@ class TaskExitError(CeleryMemError):
     """A task raised SystemExit or KeyboardInterrupt, which would have ended its worker."""
 
 
+class KilledWorkerError(CeleryMemError):
+    """Processes died while they ran a task, more often than `mem_allowed_failures`: it is not tried again.
+
+    Args:
+        keys: the key texts concerned; of several, one is to blame and nobody can tell which.
+        slot: the last one that died.
+        allowed: deaths that a task survives.
+    """
+
+    def __init__(self, keys: tuple[str, ...], slot: str, allowed: int) -> None:
+        super().__init__(keys, slot, allowed)
+        self.keys = keys
+        self.slot = slot
+        self.allowed = allowed
+
+    def __str__(self) -> str:
+        one = len(self.keys) == 1
+        what = f"task {self.keys[0]}" if one else f"one of the tasks {', '.join(self.keys)}"
+        return (
+            f"{what} ended its worker process {self.allowed + 1} times (out of memory, a crash, os._exit?); "
+            f"mem_allowed_failures is {self.allowed}; the last one was {self.slot}"
+        )
+
+
 class DataLostError(CeleryMemError):
     """A result is gone and nothing can make it again.
 
@@ -172,7 +196,7 @@ class StateLostError(CeleryMemError):
     """Redis was reset or replaced: the task graph this client knew is gone; submit again."""
 
 
-# --- answers of the scripts ----------------------------------------------------------------------------------
+# --- answers of the scripts ---------------------------------------------------------------------------------
 
 
 class StateError(CeleryMemError):
@@ -255,7 +279,11 @@ def raise_for_reply(reply: Exception, script: str) -> NoReturn:
     code, _, detail = text.partition(" ")
     if (error := BY_CODE.get(code)) is not None:
         raise error(script, detail) from reply
-    if "OOM command not allowed" in text or text.startswith("OOM") or "command not allowed when used memory" in text:
+    if (
+        "OOM command not allowed" in text
+        or text.startswith("OOM")
+        or "command not allowed when used memory" in text
+    ):
         raise StoreFullError(
             f"{script}: Redis is at its maxmemory and refuses writes; release futures or raise maxmemory"
         ) from reply

@@ -1,7 +1,8 @@
-"""A private Redis for the run, and namespaces in it that are audited when their test ends."""
+"""A private Redis for the run, with namespaces that are audited when their test ends; and a whole cluster."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 import subprocess
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from celery_mem import Client, LocalCluster
 from celery_mem.config import Settings
 from celery_mem.state.audit import audit
 from celery_mem.state.link import Link
 from celery_mem.state.store import Store
+from tests.on_cluster import Gate, task_keys, until
 
 NOW_MS = 1_000_000  # where the clock of a test's store stands
+WHILE_STDIN_IS_OPEN = '"$@" & read -r _; kill $!; wait'  # the server ends with us, even if we are killed
 _numbers = itertools.count()
 
 
@@ -42,12 +46,16 @@ def redis_server() -> Iterator[str]:
         socket = Path(folder) / "redis.sock"
         options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--appendonly", "no"]
         process = subprocess.Popen(
-            [program, *options, "--dir", folder], stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+            ["/bin/sh", "-c", WHILE_STDIN_IS_OPEN, "sh", program, *options, "--dir", folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
         )
+        assert process.stdin is not None
         try:
             yield f"unix://{socket}"
         finally:
-            process.terminate()
+            process.stdin.close()
             process.wait(10)
 
 
@@ -94,3 +102,65 @@ def fake_link() -> Link:
 
     client = fakeredis.FakeRedis(server=fakeredis.FakeServer(version=(7,)), protocol=2)
     return Link(client.connection_pool, address="fakeredis")
+
+
+# --- a cluster ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[LocalCluster]:
+    """Two real workers and a coordinator, for all tests of the run that need them."""
+    # Small pieces, so that every large result comes in several; a coordinator that soon judges clients' leases.
+    env = {"CELERY_MEM_PIECE_BYTES": "100000", "CELERY_MEM_CLIENT_LEASE": "4"}
+    with LocalCluster(n_workers=2, env=env) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def connect(cluster: LocalCluster) -> Iterator[Callable[..., Client]]:
+    """A function that makes clients of the cluster; when the test ends, they must hold nothing any more."""
+    clients: list[Client] = []
+
+    def make(**settings: object) -> Client:
+        clients.append(Client(cluster, **{"set_as_default": False, **settings}))  # type: ignore[arg-type]
+        return clients[-1]
+
+    yield make
+    gc.collect()  # cycles of the test's own, as with what pytest.raises caught
+    try:
+        for client in clients:
+            assert until(lambda c=client: not c.session.states, timeout=5), (
+                f"still held: {sorted(client.session.states)}"
+            )
+        assert until(lambda: not task_keys(cluster), timeout=5), f"still there: {task_keys(cluster)}"
+    finally:
+        for client in clients:
+            client.close()
+
+
+@pytest.fixture
+def client(connect: Callable[..., Client]) -> Client:
+    """A client of the cluster, not the default one."""
+    return connect()
+
+
+@pytest.fixture
+def gate(cluster: LocalCluster) -> Iterator[Gate]:
+    """Holds up tasks until it is opened; what still waits when the test ends goes on."""
+    gate = Gate(cluster.url)
+    yield gate
+    gate.open()
+
+
+@pytest.fixture(autouse=True)
+def _the_namespace_is_clean(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every rule of state holds on the cluster when a test ends."""
+    yield
+    if "cluster" in request.fixturenames:
+        cluster = request.getfixturevalue("cluster")
+        store = Store.connect(Settings(url=cluster.url))
+        try:
+            # Tickets come and go: what one look finds may be a moment's, what stays is a fault.
+            assert until(lambda: audit(store) == []), audit(store)
+        finally:
+            store.link.close()

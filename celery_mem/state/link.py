@@ -1,7 +1,7 @@
 """One connection to Redis that comes back by itself, for callers whose commands may be repeated.
 
-redis-py would re-send a command up to ten times on its own; here its retries are off, and a repeat happens only
-in this file, because every script of ours is safe to repeat (docs/design.md, "Calls that are repeated").
+redis-py would re-send a command up to ten times on its own; here its retries are off, and a repeat happens
+only in this file, because every script of ours is safe to repeat (docs/design.md, "Calls that are repeated").
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ BROKEN = (ConnectionError, TimeoutError, OSError)
 """Errors after which the connection is replaced; whether the last command was carried out is unknown."""
 
 
-def make_pool(url: str, *, connect_timeout: float = 5.0, socket_timeout: float | None = 60.0) -> ConnectionPool:
+def make_pool(
+    url: str, *, connect_timeout: float = 5.0, socket_timeout: float | None = 60.0
+) -> ConnectionPool:
     """Return a pool for `url` without retries of its own and with plain replies (RESP2)."""
     if check_url(url).startswith("redis+socket://"):
         url = "unix://" + url.removeprefix("redis+socket://")
@@ -99,7 +101,7 @@ class Link:
         """Run one script, after the plain commands in `before`, in one round trip.
 
         Args:
-            repeat: gives the arguments of a repeat after a lost reply, for a script that must know; None: the same.
+            repeat: gives the arguments of a repeat after a lost reply, where they differ.
         Raises:
             StateError: the script refused; the class tells why.
             RedisUnavailableError: no answer for `retry_timeout` seconds.
@@ -120,7 +122,7 @@ class Link:
         """Send commands together and return their replies.
 
         Args:
-            again: gives what to send once a reply may have been lost; None: the same.
+            again: gives what to send once a reply may have been lost, where that differs.
         Raises:
             RedisUnavailableError: the connection stayed broken for `retry_timeout` seconds.
             redis.ResponseError: the first error among the replies.
@@ -132,9 +134,15 @@ class Link:
                 with self.lock:
                     return self._batch_once(commands)
             except AuthenticationError as error:
-                raise RedisUnavailableError(f"Redis at {self.address} refuses the password: {error}") from error
+                raise RedisUnavailableError(
+                    f"Redis at {self.address} refuses the password: {error}"
+                ) from error
             except (*BROKEN, BusyLoadingError, ReadOnlyError) as error:
-                self.close()
+                if isinstance(
+                    error, ReadOnlyError
+                ):  # after the others it is closed, or another thread's by now
+                    with self.lock:
+                        self.close()
                 if self._aborted or time.monotonic() + delay > deadline:
                     raise RedisUnavailableError(
                         f"no Redis at {self.address} for {self.retry_timeout:g} s: {error}"

@@ -42,6 +42,7 @@ class Task(NamedTuple):
     order: int = 0
     retries: int = 0
     hold: bool = True
+    epoch: int = 0  # of its hold, where it is not the call's
 
 
 class Data(NamedTuple):
@@ -175,10 +176,10 @@ class Model:
                 not record.holders and record.state == ERRED and not self._erred_dependents(task.key)
             )
             if task.hold:
-                record.holders[client] = epoch
+                record.holders[client] = task.epoch or epoch
             if stale_error:
                 self._reset([task.key])
-        self._tell_state(client, [task.key for task in tasks if task.hold])
+        self._tell_state(client, [(task.key, task.epoch or epoch) for task in tasks if task.hold])
         self.settle()
 
     def put(self, client: str, epoch: int, key: str, data: Data) -> None:
@@ -188,10 +189,12 @@ class Model:
             record = self.records[key] = Record(key, RELEASED)
         record.holders[client] = epoch
         if record.state == MEMORY:
-            self._tell_state(client, [key])
+            self._tell_state(client, [(key, epoch)])
         else:
+            taken_down = list(self._erred_dependents(key)) if record.state in (ERRED, LOST) else []
             self._remember(record, data)
             record.attempt = 0  # a run that ends later comes too late
+            self._reset(taken_down)
         self.settle()
 
     def hold(self, client: str, epoch: int, keys: Sequence[str]) -> list[str]:
@@ -199,7 +202,7 @@ class Model:
         known = [key for key in keys if key in self.records]
         for key in known:
             self.records[key].holders[client] = epoch
-        self._tell_state(client, known)
+        self._tell_state(client, [(key, epoch) for key in known])
         self.settle()
         return [key for key in keys if key not in known]
 
@@ -430,12 +433,11 @@ class Model:
             if not client.startswith("@"):
                 self.notices.append(Notice(client, record.key, epoch, code))
 
-    def _tell_state(self, client: str, keys: Iterable[str]) -> None:
-        """Tell a client that took holds what it would otherwise never hear: nothing will change there."""
-        for key in dict.fromkeys(keys):
-            record = self.records[key]
-            if record.state in {MEMORY, ERRED, LOST}:
-                self.notices.append(Notice(client, key, record.holders[client], self._code(record)))
+    def _tell_state(self, client: str, holds: Iterable[tuple[str, int]]) -> None:
+        """Tell a client that took holds, as key and epoch, what it would never hear otherwise."""
+        for key, epoch in holds:
+            if self.records[key].state in {MEMORY, ERRED, LOST}:
+                self.notices.append(Notice(client, key, epoch, self._code(self.records[key])))
 
     # --- what tests look at ---------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ class NewTask(NamedTuple):
         order: place within the submission, 0 to 2**24 - 1.
         retries: how often a failure is tried again.
         hold: whether the submitting client holds it.
+        epoch: the client's number for that hold, where calls with numbers of their own are sent together; 0
+            takes the number of the submission.
     """
 
     key: str
@@ -42,6 +44,7 @@ class NewTask(NamedTuple):
     order: int = 0
     retries: int = 0
     hold: bool = True
+    epoch: int = 0
 
 
 class NewData(NamedTuple):
@@ -198,15 +201,15 @@ class Store:
         pairs = list(functions)
         args: list[Any] = [
             client,
-            epoch,
             "" if generation is None else generation,
             self.settings.notice_limit,
             len(pairs),
         ]
         for pair in pairs:
             args += pair
-        for key, function, payload, blob, deps, priority, order, retries, hold in tasks:
-            args += (key, function, payload, blob, priority, order, retries, "1" if hold else "0", len(deps))
+        for key, function, payload, blob, deps, priority, order, retries, hold, own_epoch in tasks:
+            held = (own_epoch or epoch) if hold else ""
+            args += (key, function, payload, blob, priority, order, retries, held, len(deps))
             args += deps
         rank, tickets = self._graph("submit", *args, before=before)
         return rank, _tickets(tickets)
@@ -323,9 +326,11 @@ def _repeat_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _taken(reply: Sequence[Any]) -> Taken:
     key, attempt, function, payload, blob, flat = reply
-    inputs = [
-        Input(flat[i].decode(), flat[i + 1].decode(), flat[i + 2]) for i in range(0, len(flat), 3)
-    ] if flat else []
+    inputs = (
+        [Input(flat[i].decode(), flat[i + 1].decode(), flat[i + 2]) for i in range(0, len(flat), 3)]
+        if flat
+        else []
+    )
     return Taken(key.decode(), attempt.decode(), function.decode(), payload, blob.decode(), inputs)
 
 

@@ -240,6 +240,29 @@ def test_an_attempt_number_is_never_given_twice(model):
     assert claim_all(model)["x"] > first
 
 
+def test_a_step_that_is_repeated_gives_what_the_slot_owns_already(model):
+    model.submit("alice", 1, 1, [task(f"x{i}", order=i) for i in range(3)])
+    first = model.step("s", want=2)
+
+    assert model.step("s", want=2, mode="r") == first
+
+
+def test_a_slot_that_leaves_counts_no_longer_in_fair_shares(model):
+    model.submit("alice", 1, 1, [task(f"x{i}") for i in range(4)])
+    model.step("other")
+    model.step("other", mode="q")
+
+    assert len(model.step("s", want=10).claimed) == 4
+
+
+def test_a_completion_whose_blob_has_vanished_runs_again(model):
+    model.submit("alice", 1, 1, [task("x")])
+    attempt = claim_all(model)["x"]
+
+    assert model.step("runner", done=[Done("x", attempt, None)]).stale == []
+    assert states(model) == {"x": "ready"}
+
+
 # --- failures -----------------------------------------------------------------------------------------------
 
 
@@ -321,6 +344,17 @@ def test_retry_of_what_has_not_failed_changes_nothing(model):
     model.retry(["x", "nobody"])
 
     assert model.snapshot() == before
+
+
+def test_a_task_survives_the_death_of_its_slot_as_often_as_is_allowed(model):
+    model.submit("alice", 1, 1, [task("x"), task("y", "x")])
+    claim_all(model)
+    assert model.abandon_slot("runner", 1, b"killed") == (["x"], [])
+    assert states(model) == {"x": "ready", "y": "waiting"}
+    claim_all(model)
+
+    assert model.abandon_slot("runner", 1, b"killed") == (["x"], ["x"])
+    assert states(model) == {"x": "erred", "y": "erred"}
 
 
 # --- hold, release, cancel ----------------------------------------------------------------------------------
@@ -461,6 +495,16 @@ def test_put_finishes_a_task_in_place_of_its_attempt(model):
     assert set(model.take_notices()) == {Notice("alice", "a", 1, "m"), Notice("bob", "a", 2, "m")}
     assert model.step("runner", done=[Done("a", attempt, LARGE)]).stale == ["a"]
     assert model.records["a"].data == SMALL
+
+
+def test_a_future_inside_a_result_is_held_as_long_as_the_result_is_there(model):
+    model.put("alice", 1, "inner", SMALL)
+    model.put("alice", 2, "outer", SMALL._replace(contains=("inner",)))
+    model.release("alice", ["inner"])
+    assert states(model) == {"inner": "memory", "outer": "memory"}
+    model.release("alice", ["outer"])
+
+    assert model.records == {}
 
 
 @pytest.mark.parametrize("operation", ["submit", "put", "hold", "release", "cancel", "retry", "expire"])

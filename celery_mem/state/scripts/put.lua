@@ -1,5 +1,5 @@
 -- Put data that the client brings (scatter) into the graph and hold it.
--- LIB         record notices queue settle hold
+-- LIB         record notices queue settle hold reset
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str
 --             6 epoch           int
@@ -7,7 +7,8 @@
 --             8 ...             per key: key, nbytes, type, kind v|b, value or blob token, contained keys joined by newlines
 -- RETURNS     tickets to send
 -- ERRORS      UNKNOWN_CLIENT    its lease ran out
--- INVARIANTS  data that is already there stays, and the new copy is dropped; a task that was to make it is withdrawn
+-- INVARIANTS  data that is already there stays, and the new copy is dropped; a task that was to make it is withdrawn;
+--             what erred for want of it runs again
 -- COST        O(K + D): K keys, D dependents of them
 local client, epoch, notice_limit = ARGV[5], ARGV[6], tonumber(ARGV[7])
 if not is_known_client(client) then return redis.error_reply('UNKNOWN_CLIENT ' .. client) end
@@ -23,11 +24,19 @@ for a = 8, #ARGV, 6 do
       r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, holders = ''}
       records[key] = r
     end
+    local was_gone = r.state == 'erred' or r.state == 'lost'
     withdraw(r)
     redis.call('HDEL', r.name, F.error, F.blame, F.attempt)      -- a run that ends later comes too late
     take_hold(client, epoch, r)
     enter_memory(r, ARGV[a + 1], ARGV[a + 2], kind, data, ARGV[a + 5])
     notify_result(r, kind, data, notice_limit)
+    if was_gone then
+      local taken_down = {}
+      for _, name in ipairs(dependents_of(r)) do
+        if load(name).state == 'erred' then taken_down[#taken_down + 1] = name end
+      end
+      reset_errors(taken_down)
+    end
   end
   settle_later(key)
 end

@@ -130,6 +130,7 @@ flush_notices()
 local goes = leaving or (#keys == 0 and string.find(mode, 'l', 1, true))
 if goes then
   redis.call('ZREM', P .. K.slots, slot)
+  redis.call('ZREM', P .. K.idle, slot)
   redis.call('SREM', P .. K.node_slots .. node, slot)
   redis.call('UNLINK', P .. K.wake .. slot)
 elseif #keys == 0 and want > 0 then

@@ -2,23 +2,23 @@
 -- LIB         record notices queue settle hold reset
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str   who submits
---             6 epoch           int   the client's number for this call; its notices carry it
---             7 generation      int   rank of the submission; empty asks for the next one
---             8 notice_limit    int   bytes of a value that a notice may carry
---             9 functions       int   number of (hash, pickled function or empty) pairs that follow
---            10 ...             pairs, then per task: key, function hash (empty: none), payload, payload blob token or
---                               empty, priority, order, retries, hold 0|1, number of deps, deps...
+--             6 generation      int   rank of the submission; empty asks for the next one
+--             7 notice_limit    int   bytes of a value that a notice may carry
+--             8 functions       int   number of (hash, pickled function or empty) pairs that follow
+--             9 ...             pairs, then per task: key, function hash, payload, payload blob token or
+--                               empty, priority, order, retries, epoch of the client's hold (empty: it holds it
+--                               not), number of deps, deps...
 -- RETURNS     {generation, tickets to send}
 -- ERRORS      UNKNOWN_CLIENT    its lease ran out
 --             UNKNOWN_FUNCTION  no code given nor stored for a hash
 --             UNKNOWN_DEPENDENCY  neither a record nor earlier in the chunk
 -- INVARIANTS  an error writes nothing; the first record of a key wins; what nobody wants is forgotten again
 -- COST        O(T + D): T tasks and D dependencies in the chunk
-local client, epoch, generation, notice_limit = ARGV[5], ARGV[6], ARGV[7], tonumber(ARGV[8])
+local client, generation, notice_limit = ARGV[5], ARGV[6], tonumber(ARGV[7])
 if not is_known_client(client) then return redis.error_reply('UNKNOWN_CLIENT ' .. client) end
 
-local at = 10
-for _ = 1, tonumber(ARGV[9]) do
+local at = 9
+for _ = 1, tonumber(ARGV[8]) do
   local hash, code = ARGV[at], ARGV[at + 1]
   at = at + 2
   if redis.call('HEXISTS', P .. K.functions, hash) == 0 then
@@ -30,8 +30,10 @@ end
 local tasks, in_chunk = {}, {}
 while at <= #ARGV do
   local key, n_deps, deps = ARGV[at], tonumber(ARGV[at + 8]), false
+  if ARGV[at + 1] == '' then return redis.error_reply('UNKNOWN_FUNCTION of ' .. key) end
   if n_deps > 0 then
-    deps = {unpack(ARGV, at + 9, at + 8 + n_deps)}
+    deps = {}
+    for i = 1, n_deps do deps[i] = ARGV[at + 8 + i] end   -- not unpack: it has no room for thousands
     for _, dep in ipairs(deps) do
       if not in_chunk[dep] and not load(dep) then
         return redis.error_reply('UNKNOWN_DEPENDENCY ' .. dep .. ' of ' .. key)
@@ -58,13 +60,13 @@ for _, task in ipairs(tasks) do
   if not r then
     local fn, blob = ARGV[a + 1], ARGV[a + 3]
     local fresh = blob == '' and {F.payload, ARGV[a + 2]} or {F.payload_blob, blob, F.attached, 1}
-    if fn ~= '' then add_fields(fresh, F.function, fn) end
-    r = {key = key, name = P .. K.task .. key, state = 'released', fn = fn ~= '' and fn, deps_text = nil,
+    add_fields(fresh, F.function, fn)
+    r = {key = key, name = P .. K.task .. key, state = 'released', fn = fn, deps_text = nil,
       deps = false, needed = 0, waiting = 0, holders = '', dirty = false, fresh = fresh, priority = false,
       attached = blob ~= '', rank = string.format('%s%06x', generation, ARGV[a + 5])}
     records[key] = r
     touch(r)
-    if r.fn then count_function(fn, 1) end
+    count_function(fn, 1)
     if blob ~= '' then keep_blob(blob, key) end
     if ARGV[a + 4] ~= '0' then
       r.priority = ARGV[a + 4]
@@ -82,8 +84,8 @@ for _, task in ipairs(tasks) do
     if ARGV[a + 3] ~= '' then keep_again(r, F.payload_blob, ARGV[a + 3]) end
     if r.state == 'erred' and r.holders == '' then rerun[#rerun + 1] = r end
   end
-  if ARGV[a + 7] == '1' then
-    take_hold(client, epoch, r)
+  if ARGV[a + 7] ~= '' then
+    take_hold(client, ARGV[a + 7], r)
     task.standing = known
   end
 end
@@ -98,7 +100,7 @@ for _, r in ipairs(rerun) do
   if r.state == 'erred' and not blamed then reset_errors({r.key}) end
 end
 for _, task in ipairs(tasks) do
-  if task.standing then note_standing(client, load(task.key), epoch, notice_limit) end
+  if task.standing then note_standing(client, load(task.key), ARGV[task.at + 7], notice_limit) end
   settle(task.key)
 end
 return {reply_generation, finish()}
