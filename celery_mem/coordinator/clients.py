@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from celery_mem.coordinator.duty import Duty
+from celery_mem.config import Settings
+from celery_mem.coordinator.duty import CALLS_AT_ONCE, Duty
 
 log = logging.getLogger("celery_mem.coordinator")
 
@@ -15,12 +16,19 @@ class ClientLeases(Duty):
     name = "clients"
     every_s = 0.5
 
+    @classmethod
+    def patience_s(cls, settings: Settings) -> float:
+        return settings.client_lease / 2
+
     def run_once(self, fence: str) -> int:
-        overdue = self.store.overdue("clients")
-        for client in overdue:
+        calls = 0
+        for client in self.store.overdue("clients"):
+            log.warning("client %s was silent for longer than its lease: its futures are released", client)
             left = 1
             while left:
+                if calls == CALLS_AT_ONCE:
+                    return calls
                 left, tickets = self.store.expire_client(client, fence=fence)
                 self.send_tickets(tickets)
-            log.warning("client %s was silent for longer than its lease: its futures are released", client)
-        return len(overdue)
+                calls += 1
+        return calls

@@ -17,7 +17,7 @@ from celery_mem.coordinator.duty import Duty
 from celery_mem.coordinator.freeing import Freeing
 from celery_mem.coordinator.nodes import NodeLeases
 from celery_mem.coordinator.tickets import TicketCalls
-from celery_mem.errors import FencedError, NamespaceResetError, RedisUnavailableError, StoreFullError
+from celery_mem.errors import CeleryMemError, FencedError, NamespaceResetError
 from celery_mem.state.store import Store, Tickets
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_mem.coordinator")
 
 DUTIES: tuple[type[Duty], ...] = (Freeing, ClientLeases, NodeLeases, TicketCalls)
+RETRY_S = 1.0
+"""How long one call waits for a Redis that is away; then the loop looks whether it is to stop."""
 
 
 class Coordinator:
@@ -43,6 +45,7 @@ class Coordinator:
         self._due = dict.fromkeys((d.name for d in self.duties), 0.0)
         self._lead_due = 0.0
         self._term = ""
+        self._in_touch_since_s: float | None = None
 
     @property
     def is_leading(self) -> bool:
@@ -52,41 +55,73 @@ class Coordinator:
     def run_once(self, now_s: float) -> dict[str, int]:
         """Stay leader or try to become it, and run the duties that are due; returns what each did."""
         if now_s >= self._lead_due:
-            leads, term, _ = self.store.lead(self.name)
-            if leads and term != self._term:
-                log.info("%s leads, term %s", self.name, term)
-            elif self._term and not leads:
-                log.warning("%s does not lead any more", self.name)
-            self._term = term if leads else ""
-            self._lead_due = now_s + self.store.settings.leader_lease / 4
-        if not self._term:
-            return {}
-        report = {}
+            self._lead(now_s)
+        report: dict[str, int] = {}
         for duty in self.duties:
-            if now_s >= self._due[duty.name]:
+            if not self._term:
+                break
+            if now_s >= self._due[duty.name] and self._is_patient(duty, now_s):
                 try:
                     report[duty.name] = duty.run_once(self._term)
                 except FencedError as error:
                     log.warning("fenced: %s", error)
                     self._term = ""
-                    break
                 self._due[duty.name] = now_s + duty.every_s
         return report
+
+    def _lead(self, now_s: float) -> None:
+        leads, term, _ = self.store.lead(self.name)
+        if leads and term != self._term:
+            log.info("%s leads, term %s", self.name, term)
+        elif self._term and not leads:
+            log.warning("%s does not lead any more", self.name)
+        self._term = term if leads else ""
+        self._lead_due = now_s + self.store.settings.leader_lease / 4
+        if self._in_touch_since_s is None:
+            self._in_touch_since_s = now_s
+
+    def _is_patient(self, duty: Duty, now_s: float) -> bool:
+        since = now_s if self._in_touch_since_s is None else self._in_touch_since_s
+        return now_s - since >= duty.patience_s(self.store.settings)
+
+    def lose_touch(self) -> None:
+        """Redis did not answer: who leads is open, and so is whether anybody could renew a lease."""
+        self._term = ""
+        self._lead_due = 0.0
+        self._in_touch_since_s = None
+
+    def rejoin(self) -> None:
+        """Join the namespace that is there now."""
+        self.store.generation = Store.connect(self.store.settings, self.store.link).generation
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set, then resign."""
         pause = min(d.every_s for d in self.duties)
+        self.store.link.retry_timeout = RETRY_S
         while not stop.is_set():
             try:
                 self.run_once(time.monotonic())
-            except NamespaceResetError:
-                log.warning("the namespace was reset; joining the new one")
-                self.store.generation = Store.connect(self.store.settings).generation
-                self._term = ""
-            except (RedisUnavailableError, StoreFullError) as error:
-                log.warning("%s", error)
+            except Exception as error:  # one that ends here would leave everybody without a coordinator
+                self.lose_touch()
+                self._heal(error)
+                stop.wait(RETRY_S)
             stop.wait(pause)
-        self.store.lead(self.name, resign=True)
+        try:
+            self.store.lead(self.name, resign=True)
+        except CeleryMemError as error:
+            log.warning("%s could not resign, its lease will: %s", self.name, error)
+
+    def _heal(self, error: Exception) -> None:
+        if not isinstance(error, CeleryMemError):
+            log.error("a run failed", exc_info=error)
+        elif not isinstance(error, NamespaceResetError):
+            log.warning("%s", error)
+        else:
+            log.warning("the namespace was reset; joining the new one")
+            try:
+                self.rejoin()
+            except CeleryMemError as again:
+                log.warning("%s", again)
 
 
 def run(settings: Settings, app: Celery | None = None) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from celery_mem.config import Settings
 from celery_mem.state.store import Store, Tickets
+
+CALLS_AT_ONCE = 20
+"""Script calls that one run of a duty makes at most, some 10 ms each: between runs leadership is renewed."""
 
 
 class Duty(ABC):
@@ -22,6 +26,14 @@ class Duty(ABC):
     def __init__(self, store: Store, send_tickets: Callable[[Tickets], None]) -> None:
         self.store = store
         self.send_tickets = send_tickets
+
+    @classmethod
+    def patience_s(cls, settings: Settings) -> float:
+        """Return for how long the coordinator must have reached Redis without a break before this duty runs.
+
+        Who judges leases must not judge by a time in which nobody could renew them.
+        """
+        return 0.0
 
     @abstractmethod
     def run_once(self, fence: str) -> int:

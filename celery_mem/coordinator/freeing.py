@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from celery_mem.coordinator.duty import Duty
+from celery_mem.coordinator.duty import CALLS_AT_ONCE, Duty
 
 
 class Freeing(Duty):
@@ -12,10 +12,9 @@ class Freeing(Duty):
     every_s = 0.05
 
     def run_once(self, fence: str) -> int:
-        calls = 0
-        left = 1
-        while left:
+        for calls in range(CALLS_AT_ONCE):
             left, tickets = self.store.sweep(fence)
             self.send_tickets(tickets)
-            calls += 1
-        return calls - 1
+            if not left:
+                return calls
+        return CALLS_AT_ONCE

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from celery_mem.config import Settings
 from celery_mem.coordinator.duty import Duty
-from celery_mem.graph.killed import killed_error
+from celery_mem.graph.killed import give_up_slot
 
 log = logging.getLogger("celery_mem.coordinator")
 
@@ -16,13 +17,19 @@ class NodeLeases(Duty):
     name = "nodes"
     every_s = 0.5
 
+    @classmethod
+    def patience_s(cls, settings: Settings) -> float:
+        return settings.node_lease / 2
+
     def run_once(self, fence: str) -> int:
         overdue = self.store.overdue("nodes")
         for node in overdue:
-            for slot in self.store.leave_node(node, fence=fence):
-                keys, _, tickets = self.store.abandon_slot(slot, node, killed_error(slot))
-                self.send_tickets(tickets)
-                log.warning("slot %s of the silent node %s is given up with %d tasks", slot, node, len(keys))
-            self.store.leave_node(node, fence=fence)
             log.warning("node %s was silent for longer than its lease and is given up", node)
+            for slot in self.store.leave_node(node, fence=fence):
+                given_up = give_up_slot(self.store, slot, node)
+                self.send_tickets(given_up.tickets)
+                log.warning("its slot %s had %d tasks", slot, len(given_up.keys))
+                if given_up.killed:
+                    log.error("tasks that ended too many processes: %s", ", ".join(given_up.killed))
+            self.store.leave_node(node, fence=fence)
         return len(overdue)

@@ -1,7 +1,7 @@
-"""The node agent: a small process beside each worker that says the node lives, and notices when parts of it die.
+"""The node agent: a small process beside each worker that says the node lives, and sees when parts of it die.
 
-It runs no user code and waits for nobody's GIL. It ends with its worker, however that ends: it sees that its parent
-is another one, gives up the slots whose processes are gone, and signs the node off.
+It runs no user code and waits for nobody's GIL. It ends after its worker, however that ends: it sees that its
+parent is another one, gives up the slots whose processes are gone, and signs the node off.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import sys
 import time
 
 from celery_mem.config import Settings
-from celery_mem.errors import CeleryMemError
-from celery_mem.graph.killed import killed_error
+from celery_mem.errors import CeleryMemError, NamespaceResetError
+from celery_mem.graph.killed import give_up_slot
+from celery_mem.state.keys import NODE
 from celery_mem.state.store import Store
+from celery_mem.worker.process import is_alive
 
 log = logging.getLogger("celery_mem.agent")
 
@@ -24,82 +26,125 @@ TICK_S = 0.25
 
 
 class Agent:
-    """Keeps one node's lease.
+    """Keeps one node's lease, and its slots' for as long as their processes live.
 
     Args:
         node: name of the Celery worker.
         parent: pid of its main process.
+        news: what `Store.heartbeat` is told of the node when Redis does not know it.
     """
 
-    def __init__(self, node: str, parent: int, store: Store) -> None:
+    def __init__(self, node: str, parent: int, news: dict[str, str], store: Store) -> None:
         self.node = node
         self.parent = parent
+        self.news = news
         self.store = store
-        self.generation = store.generation
+        self.is_stopping = False  # the whole deployment is stopped: what ends now was not killed by its task
 
-    def run_once(self) -> list[str]:
-        """Renew the lease; give up slots whose process is gone. Returns those slots."""
-        dead = [slot for slot in self.store.heartbeat(self.node) if not is_alive(pid_of(slot))]
-        for slot in dead:
-            keys, killed, _ = self.store.abandon_slot(slot, self.node, killed_error(slot))
-            log.warning("slot %s died with %d tasks, %d of them for good", slot, len(keys), len(killed))
-        return dead
+    def renew(self) -> None:
+        """Renew the lease of the node and its slots; tell all about it if Redis knows nothing (any more)."""
+        known = self.store.link.call("EXISTS", self.store.keys.of("node", self.node))
+        self.store.heartbeat(self.node, **({} if known else self.news))
+
+    def bury(self) -> list[str]:
+        """Give up slots whose process is gone; returns those that are left."""
+        left = []
+        for name in self.store.link.call("SMEMBERS", self.store.keys.of("node_slots", self.node)):
+            slot = name.decode()
+            if is_alive(process_of(slot)):
+                left.append(slot)
+                continue
+            is_death = not (self.is_stopping or self._field("slots") == "0")
+            given_up = give_up_slot(self.store, slot, self.node, is_death=is_death)
+            log.warning("slot %s ended in the middle of %d tasks", slot, len(given_up.keys))
+            if given_up.killed:
+                log.error("tasks that ended too many processes: %s", ", ".join(given_up.killed))
+        return left
 
     def run(self) -> None:
-        """Work until the worker is gone."""
+        """Work until the worker is gone, then until its slots are."""
         pause = max(TICK_S, self.store.settings.node_lease / 4)
         due = 0.0
-        while os.getppid() == self.parent:
-            if time.monotonic() >= due:
-                due = time.monotonic() + pause
-                self.run_once()
+        in_touch = time.monotonic()
+        while True:
+            is_over = os.getppid() != self.parent
+            try:
+                now = time.monotonic()
+                if is_over and self._sign_off():
+                    return
+                if now >= due:
+                    self.renew()
+                    due = now + pause
+                self.bury()
+                in_touch = now
+            except NamespaceResetError:
+                log.warning("the namespace was reset; node %s joins the new one", self.node)
+                due = 0.0
+                self._rejoin()
+            except CeleryMemError as error:
+                log.warning("node %s: %s", self.node, error)
+                if is_over and time.monotonic() - in_touch > self.store.settings.node_lease:
+                    return  # the lease is over by now, and whoever finds Redis again sees to it
             time.sleep(TICK_S)
-        self.sign_off()
 
-    def sign_off(self) -> None:
-        """The worker is gone: give up its slots as their processes end, then take the node off the list."""
-        deadline = time.monotonic() + self.store.settings.node_lease
-        while time.monotonic() < deadline:
-            self.run_once()
-            if not self.store.leave_node(self.node):
-                return
-            time.sleep(TICK_S)
-
-
-def pid_of(slot: str) -> int:
-    """Return the process of a slot."""
-    return int(slot.rpartition("|")[2].partition(".")[0])
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that ended and waits for its parent does not."""
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        if os.path.isdir("/proc/self"):
+    def _sign_off(self) -> bool:
+        """Without its worker the node takes no tickets; returns whether it is gone, or another worker's."""
+        left = self.bury()
+        if self._field("pid") not in (None, str(self.parent)):
+            return True  # a worker of the same name has started; its agent has taken over
+        if left:
+            if self._field("slots") != "0":
+                self.store.heartbeat(self.node, slots="0")
             return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return not self.store.leave_node(self.node)
+
+    def _rejoin(self) -> None:
+        try:
+            self.store.generation = Store.connect(self.store.settings, self.store.link).generation
+        except CeleryMemError as error:
+            log.warning("node %s: %s", self.node, error)
+
+    def _field(self, name: str) -> str | None:
+        value = self.store.link.call("HGET", self.store.keys.of("node", self.node), NODE[name])
+        return None if value is None else str(value.decode())
+
+
+def process_of(slot: str) -> str:
+    """Return the identity of a slot's process: slots are called `<node>|<identity>.<n>`."""
+    return slot.rpartition("|")[2].partition(".")[0]
 
 
 def main() -> None:
-    """Entry point: `agent NODE PARENT_PID`, settings as JSON on standard input."""
+    """Entry point: `agent NODE PARENT_PID`, settings and news of the node as JSON on standard input."""
     node, parent = sys.argv[1], int(sys.argv[2])
-    settings = Settings(**json.loads(sys.stdin.buffer.read()))
-    # A deployment may signal all processes at once (Heroku does): the agent goes when its worker has gone.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        Agent(node, parent, Store.connect(settings)).run()
-    except CeleryMemError as error:
-        log.error("agent of %s stops: %s", node, error)
-        sys.exit(1)
+    told = json.loads(sys.stdin.buffer.read())
+    logging.basicConfig(format="[%(asctime)s: %(levelname)s/%(name)s] %(message)s", level=logging.INFO)
+    settings = Settings(**told["settings"]).replace(
+        # It cannot send tickets, so it reserves none: the coordinator sees the work that it gives back.
+        ticket_lease=0.001,
+        # Short, so that it sees the end of its worker while Redis is away too.
+        retry_timeout=1.0,
+    )
+    agent = None
+
+    def stop(*_: object) -> None:
+        # A deployment may signal all processes at once, as Heroku does: the agent goes after its worker.
+        if agent is not None:
+            agent.is_stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    while os.getppid() == parent:
+        try:
+            store = Store.connect(settings)
+            break
+        except CeleryMemError as error:
+            log.warning("node %s: %s", node, error)
+            time.sleep(TICK_S)
+    else:
+        return
+    agent = Agent(node, parent, told["news"], store)
+    agent.run()
 
 
 if __name__ == "__main__":

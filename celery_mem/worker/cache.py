@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Cached(NamedTuple):
-    """Pickled form of a result: head and buffers, which may be views of the live object."""
+    """Pickled form of a result; nobody else refers to its buffers."""
 
     head: bytes
-    buffers: Sequence[Any]
+    buffers: Sequence[bytes]
     nbytes: int
 
 
 class ResultCache:
     """Least recently used results, bounded by bytes.
-
-    It keeps pickled parts and gives each reader a copy: a task that writes into its input spoils nobody's data.
 
     Args:
         limit: most bytes kept; a result larger than half of it is not kept at all.
@@ -29,13 +27,17 @@ class ResultCache:
         self.nbytes = 0
         self._items: OrderedDict[str, Cached] = OrderedDict()
 
+    def has_room(self, nbytes: int) -> bool:
+        """Tell whether a result of this size would be kept."""
+        return nbytes <= self.limit // 2
+
     def put(self, name: str, item: Cached) -> None:
         """Keep a result; drops the least recently used ones that have no room beside it."""
-        if item.nbytes > self.limit // 2:
+        if not self.has_room(item.nbytes):
             return
-        self.drop(name)
+        old = self._items.pop(name, None)
         self._items[name] = item
-        self.nbytes += item.nbytes
+        self.nbytes += item.nbytes - (0 if old is None else old.nbytes)
         while self.nbytes > self.limit:
             _, old = self._items.popitem(last=False)
             self.nbytes -= old.nbytes
@@ -46,9 +48,3 @@ class ResultCache:
         if item is not None:
             self._items.move_to_end(name)
         return item
-
-    def drop(self, name: str) -> None:
-        """Forget a result."""
-        item = self._items.pop(name, None)
-        if item is not None:
-            self.nbytes -= item.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from celery import Celery
@@ -13,22 +14,23 @@ from celery_mem.worker.tickets import run_ticket
 
 
 def install(app: Celery, **settings: Any) -> Celery:
-    """Add celery-mem to a Celery app; call it once, after the app is configured.
+    """Add celery-mem to a Celery app.
+
+    The settings are read when a worker starts, which ends with an error text if one is unknown or no Redis
+    address is found.
 
     Args:
         app: the app; its own tasks, queues and result backend stay as they are.
         settings: `mem_*` settings without the prefix, which go before those of the app's configuration.
     Returns:
         the app.
-    Raises:
-        ConfigError: an unknown setting, or no Redis address.
     """
     if hasattr(app, "mem_settings"):
         return app
-    app.mem_settings = lambda: Settings.load(app, **settings)
+    app.mem_settings = functools.cache(lambda: Settings.load(app, **settings))
 
     # acks_late: a ticket that runs counts against the worker's prefetch, so no worker hoards tickets.
-    @app.task(name=TASK_NAME, bind=True, ignore_result=True, acks_late=True, max_retries=0, track_started=False)
+    @app.task(name=TASK_NAME, bind=True, acks_late=True, ignore_result=True, track_started=False)
     def ticket(self: Any, ticket_id: str) -> int:
         return run_ticket(self.app, self.app.mem_settings(), self.request.hostname, ticket_id)
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from celery import bootsteps
 
-from celery_mem.errors import UnsupportedPoolError
+from celery_mem.errors import ConfigError, UnsupportedPoolError
 from celery_mem.graph.tickets import send_tickets
+from celery_mem.state.keys import NODE
 from celery_mem.state.store import Store
-
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -24,69 +24,89 @@ POOLS = {
     "celery.concurrency.thread": "threads",
     "celery.concurrency.solo": "solo",
 }
+AGENT_CHECK_S = 2.0
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     """Runs in the worker's main process, which forks: no thread is started and no connection kept there."""
 
-    requires = {"celery.worker.components:Pool"}
+    requires = ("celery.worker.components:Timer", "celery.worker.components:Pool")
 
     def __init__(self, parent: Any, **options: Any) -> None:
         super().__init__(parent, **options)
-        module = parent.pool_cls.__module__
-        if module not in POOLS:
-            raise SystemExit(
-                str(
-                    UnsupportedPoolError(
-                        f"celery-mem runs on the pools prefork, threads and solo, not on {module.rpartition('.')[2]}; "
-                        "start this worker with --pool=prefork"
-                    )
-                )
-            )
-        self.pool = POOLS[module]
+        try:
+            self.pool = supported_pool(parent.pool_cls)
+            self.settings = parent.app.mem_settings()
+        except (UnsupportedPoolError, ConfigError) as error:
+            raise SystemExit(str(error)) from error
         self.agent: subprocess.Popen[bytes] | None = None
+        self.news: dict[str, str] = {}
 
     def start(self, parent: Any) -> None:
         """Announce the node, start its agent, and call for work that waits already."""
-        app = parent.app
-        settings = app.mem_settings()
-        store = Store.connect(settings)
-        store.heartbeat(
-            parent.hostname,
-            queue=settings.queue or _consumed_queue(app),
-            slots=_slots(parent, self.pool),
-            pid=os.getpid(),
-            pool=self.pool,
-            hostname=parent.hostname.partition("@")[2],
-        )
+        slots = 1 if self.pool == "solo" else int(parent.concurrency)
+        self.news = {
+            "queue": self.settings.queue or _consumed_queue(parent.app),
+            "slots": str(slots),
+            "pid": str(os.getpid()),
+            "pool": self.pool,
+            "hostname": parent.hostname.partition("@")[2],
+        }
+        store = Store.connect(self.settings)
+        store.heartbeat(parent.hostname, **self.news)
         tickets = store.call_tickets()
         store.link.close()
-        self.agent = subprocess.Popen(
-            [sys.executable, "-m", "celery_mem.worker.agent", parent.hostname, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
-        assert self.agent.stdin is not None
-        # By pipe, not by argument: the address may hold a password, and anyone may read a command line.
-        self.agent.stdin.write(json.dumps(asdict(settings)).encode())
-        self.agent.stdin.close()
-        send_tickets(app, tickets)
-        log.info("node %s: %s slots (%s)", parent.hostname, _slots(parent, self.pool), self.pool)
+        self._keep_agent(parent.hostname)
+        parent.timer.call_repeatedly(AGENT_CHECK_S, self._keep_agent, (parent.hostname,))
+        send_tickets(parent.app, tickets)
+        log.info("node %s: %s slots (%s)", parent.hostname, slots, self.pool)
 
     def stop(self, parent: Any) -> None:
         """Take no more tickets; the agent stays until this process is gone and then signs the node off."""
+        if not self.news:
+            return  # it never started
+        self.news = {}
         try:
-            store = Store.connect(parent.app.mem_settings().replace(retry_timeout=1.0))
-            store.heartbeat(parent.hostname, slots=0)
+            store = Store.connect(self.settings.replace(retry_timeout=1.0))
+            pid = store.link.call("HGET", store.keys.of("node", parent.hostname), NODE["pid"])
+            if pid == str(os.getpid()).encode():  # no worker of the same name has started since
+                store.heartbeat(parent.hostname, slots="0")
             store.link.close()
         except Exception as error:
             log.warning("could not announce the end of node %s: %s", parent.hostname, error)
 
     terminate = stop
 
+    def _keep_agent(self, node: str) -> None:
+        """Start the agent, again if somebody killed it: without it the node counts as gone."""
+        if not self.news or (self.agent is not None and self.agent.poll() is None):
+            return
+        if self.agent is not None:
+            log.warning("the agent of node %s is gone (%s); starting another", node, self.agent.returncode)
+        self.agent = subprocess.Popen(
+            [sys.executable, "-m", "celery_mem.worker.agent", node, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+        assert self.agent.stdin is not None
+        # By pipe, not by argument: the address may hold a password, and anyone may read a command line.
+        self.agent.stdin.write(json.dumps({"settings": asdict(self.settings), "news": self.news}).encode())
+        self.agent.stdin.close()
 
-def _slots(worker: Any, pool: str) -> int:
-    return 1 if pool == "solo" else int(worker.concurrency)
+
+def supported_pool(pool_cls: type) -> str:
+    """Return the kind of a pool, as `--pool` spells it.
+
+    Raises:
+        UnsupportedPoolError: slots cannot run there.
+    """
+    for base in pool_cls.__mro__:
+        if base.__module__ in POOLS:
+            return POOLS[base.__module__]
+    raise UnsupportedPoolError(
+        "celery-mem runs on the pools prefork, threads and solo, not on "
+        f"{pool_cls.__module__.rpartition('.')[2]}; start this worker with --pool=prefork"
+    )
 
 
 def _consumed_queue(app: Any) -> str:

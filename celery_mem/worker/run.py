@@ -3,47 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, NamedTuple
 
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from redis.exceptions import ResponseError
 
 from celery_mem.config import Settings
-from celery_mem.errors import CeleryMemError, DataLostError, SerializationError, StoreFullError, TaskExitError
+from celery_mem.errors import (
+    CeleryMemError,
+    DataLostError,
+    RedisUnavailableError,
+    SerializationError,
+    StoreFullError,
+    TaskExitError,
+)
 from celery_mem.graph.calls import decode_call, decode_function
 from celery_mem.graph.errors import encode_error
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
-from celery_mem.memory.serialize import Frames, dumps, loads, loads_inline
+from celery_mem.memory.serialize import dumps, loads, loads_inline
 from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Input, Store, Taken
 from celery_mem.worker.cache import Cached, ResultCache
 
-PIPELINED_BLOB = 1 << 20
-"""Blobs up to this size are sent along with the report, larger ones before it."""
+KEPT_FUNCTIONS = 1000
 
 
 class Report(NamedTuple):
     """What came of one task.
 
     Attributes:
-        done: its completion, or
-        failed: its failure.
-        before: commands to send ahead of the report.
+        outcome: its completion or its failure.
         seconds: how long the call took.
     """
 
-    done: Done | None
-    failed: Failed | None
-    before: list[Command]
+    outcome: Done | Failed
     seconds: float
 
 
 class TaskRunner:
-    """Runs the tasks of one slot, one after the other.
+    """Runs the tasks of one slot. A task that waits for another may have it run inside itself.
 
     Args:
         store: where functions, inputs and results are.
@@ -57,33 +61,38 @@ class TaskRunner:
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def run(self, task: Taken) -> Report:
-        """Run a task. Only what asks this worker to stop is raised; all else is in the report."""
+        """Run a task; what it raises is in the report.
+
+        Raises:
+            WorkerShutdown, WorkerTerminate: this worker is asked to stop.
+            RedisUnavailableError: no inputs or no place for the result; not the task's fault.
+        """
         started = time.perf_counter()
+        outcome: Done | Failed
         try:
             func = self._function(task.function)
             started = time.perf_counter()
             args, kwargs = self._arguments(task)
-            result = _call(func, args, kwargs)
-            done, before = self._store_result(task, result)
-            return Report(done, None, before, time.perf_counter() - started)
-        except (WorkerShutdown, WorkerTerminate):
+            try:
+                result = _call(func, args, kwargs)
+            except RedisUnavailableError as error:  # of a Redis that the task itself uses
+                outcome = _failure(task, error)
+            else:
+                outcome = self._store_result(task, result)
+        except (WorkerShutdown, WorkerTerminate, RedisUnavailableError):
             raise
         except BaseException as error:
-            return Report(None, _failure(task, error), [], time.perf_counter() - started)
-
-    def discard(self, key: str, attempt: str) -> None:
-        """Remove what `run` stored for a report that came too late."""
-        self.store.link.call("UNLINK", self.store.keys.blob(attempt, key))
-        self.results.drop(f"{attempt}:{key}")
+            outcome = _failure(task, error)
+        return Report(outcome, time.perf_counter() - started)
 
     def _function(self, name: str) -> Callable[..., Any]:
         func = self._functions.get(name)
         if func is None:
             code = self.store.link.call("GET", self.store.keys.of("function", name))
             if code is None:
-                raise CeleryMemError(f"the code of function {name} is not in Redis any more; submit the task again")
+                raise CeleryMemError(f"the code of function {name} is not in Redis any more; submit again")
             func = decode_function(code)
-            if len(self._functions) >= 1000:
+            if len(self._functions) >= KEPT_FUNCTIONS:
                 self._functions.clear()  # a bound, not a policy: they are fetched again
             self._functions[name] = func
         return func
@@ -91,7 +100,8 @@ class TaskRunner:
     def _arguments(self, task: Taken) -> tuple[tuple[Any, ...], dict[str, Any]]:
         payload = task.payload
         if task.payload_blob:
-            found = blobs.load(self.store.link, self.store.keys.blob(task.payload_blob, task.key), "arguments")
+            name = self.store.keys.blob(task.payload_blob, task.key)
+            found = blobs.load(self.store.link, name, "arguments")
             if found is None:
                 raise DataLostError(key_of(task.key), "the blob with its arguments is gone")
             payload = found[0]
@@ -99,40 +109,44 @@ class TaskRunner:
         return decode_call(payload, [i.key for i in task.inputs], values)
 
     def _input(self, given: Input) -> Any:
+        what = f"input {given.key}"
         if given.kind == "v":
-            return loads_inline(given.data, f"input {given.key}")
-        name = f"{given.data.decode()}:{given.key}"
-        cached = self.results.get(name)
-        if cached is None:
-            found = blobs.read(self.store.link, self.store.keys.blob(given.data.decode(), given.key), given.key)
-            if given.kind != "b" or found is None:
-                raise DataLostError(key_of(given.key), "its data was gone when a task came to read it")
-            head, buffers = bytes(found[0]), found[1]
-            cached = Cached(head, buffers, len(head) + sum(map(len, buffers)))
-            self.results.put(name, cached)
-        return loads(cached.head, [bytearray(b) for b in cached.buffers], f"input {given.key}")
+            return loads_inline(given.data, what)
+        token = given.data.decode()
+        cached = self.results.get(f"{token}:{given.key}")
+        if cached is not None:
+            # A copy for each reader: a task that writes into its input spoils nobody's.
+            return loads(cached.head, [bytearray(b) for b in cached.buffers], what)
+        found = None
+        if given.kind == "b":
+            found = blobs.read(self.store.link, self.store.keys.blob(token, given.key), given.key)
+        if found is None:
+            raise DataLostError(key_of(given.key), "its data was gone when a task came to read it")
+        self._keep(token, given.key, bytes(found[0]), found[1])
+        return loads(memoryview(found[0]), found[1], what)
 
-    def _store_result(self, task: Taken, result: Any) -> tuple[Done, list[Command]]:
+    def _keep(self, token: str, key: str, head: bytes, buffers: list[Any]) -> None:
+        """Keep a copy of a result: the buffers are the task's own, which may write into them at any time."""
+        nbytes = len(head) + sum(memoryview(b).nbytes for b in buffers)
+        if self.results.has_room(nbytes):
+            self.results.put(f"{token}:{key}", Cached(head, [bytes(b) for b in buffers], nbytes))
+
+    def _store_result(self, task: Taken, result: Any) -> Done:
         frames = dumps(result, f"the result of {task.key}")
         nbytes = frames.nbytes
         type_name = type(result).__qualname__
         if nbytes <= self.settings.inline_limit:
             data = frames.inline()
-            return Done(task.key, task.attempt, nbytes, type_name, "v", data, frames.contains), []
-        commands = blobs.write_commands(
-            self.store.keys.blob(task.attempt, task.key),
-            frames,
-            piece_bytes=self.settings.piece_bytes,
-            lease_s=self.settings.blob_lease,
+            return Done(task.key, task.attempt, nbytes, type_name, "v", data, frames.contains)
+        name = self.store.keys.blob(task.attempt, task.key)
+        # Ahead of the report, in calls of its own: one that Redis refuses must not count as a completion.
+        self._write(
+            blobs.write_commands(
+                name, frames, piece_bytes=self.settings.piece_bytes, lease_s=self.settings.blob_lease
+            )
         )
-        done = Done(task.key, task.attempt, nbytes, type_name, "b", task.attempt, frames.contains)
-        # What the client may never see is written even so: a dependent may run in any slot.
-        self._write(commands)
-        self._keep(task, frames, nbytes)
-        return done, []
-
-    def _keep(self, task: Taken, frames: Frames, nbytes: int) -> None:
-        self.results.put(f"{task.attempt}:{task.key}", Cached(frames.head, frames.buffers, nbytes))
+        self._keep(task.attempt, task.key, frames.head, frames.buffers)
+        return Done(task.key, task.attempt, nbytes, type_name, "b", task.attempt, frames.contains)
 
     def _write(self, commands: list[Command]) -> None:
         deadline = time.monotonic() + self.settings.retry_timeout
@@ -146,8 +160,8 @@ class TaskRunner:
                     raise
                 if time.monotonic() + delay > deadline:
                     raise StoreFullError(
-                        f"Redis stayed at its maxmemory for {self.settings.retry_timeout:g} s: no room for a result; "
-                        "release futures or give Redis more memory"
+                        f"Redis stayed at its maxmemory for {self.settings.retry_timeout:g} s: "
+                        "no room for a result; release futures or give Redis more memory"
                     ) from error
             time.sleep(delay)  # frees work while Redis is full; wait for them
             delay = min(delay * 2, 2.0)
@@ -155,7 +169,31 @@ class TaskRunner:
 
 def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*args, **kwargs)
-    return asyncio.run(result) if inspect.iscoroutine(result) else result
+    return _run_coroutine(result) if inspect.iscoroutine(result) else result
+
+
+def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    # Inside a task that is itself a coroutine and waits for this one: its loop is busy, loops do not nest.
+    outcome: list[Any] = []
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(_run_apart, coroutine, outcome))
+    thread.start()
+    thread.join()
+    value, error = outcome
+    if error is not None:
+        raise error
+    return value
+
+
+def _run_apart(coroutine: Coroutine[Any, Any, Any], outcome: list[Any]) -> None:
+    try:
+        outcome += (asyncio.run(coroutine), None)
+    except BaseException as error:
+        outcome += (None, error)
 
 
 def _failure(task: Taken, error: BaseException) -> Failed:

@@ -1,7 +1,8 @@
 """The slot loop: one place of a node where tasks run, for as long as a ticket lends it to the graph.
 
 Runner and watcher share the batch: the runner takes tasks from its head; when one turns out long, the watcher
-reports what is done and hands back what has not begun, so that no other slot waits for it.
+reports what is done and hands back what has not begun, so that no other slot waits for it. When a task waits for
+other tasks, a further thread drives the slot meanwhile: the only slot may be the one that those others need.
 """
 
 from __future__ import annotations
@@ -9,25 +10,41 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
+from contextvars import ContextVar
+
+from celery.exceptions import WorkerShutdown, WorkerTerminate
 
 from celery_mem.config import Settings
-from celery_mem.state.link import Command, Link
-from celery_mem.state.store import Done, Failed, Step, Store, Taken, Tickets
+from celery_mem.errors import NamespaceResetError
+from celery_mem.graph.inside import Wait
+from celery_mem.state.keys import TASK
+from celery_mem.state.link import Link
+from celery_mem.state.store import Store, Taken, Tickets
+from celery_mem.worker.batch import Batch, Reports
 from celery_mem.worker.run import TaskRunner
+from celery_mem.worker.turns import Driver, Turns
 
 log = logging.getLogger("celery_mem.worker")
 
 LONG = 10
 """A task is long when it has run for this many times the batch target."""
+MOST_HELPERS = 100
+"""Threads that drive a slot whose tasks wait for tasks that wait for tasks; beyond, they only wait."""
+NOTICE_S = 0.005
+"""What a slot reports is known to a client in its process after this time, mostly after a tenth of it."""
+LONGEST_PAUSE_S = 0.1
+RETRY_PAUSE_S = 1.0
+
+here: ContextVar[Driver | None] = ContextVar("celery_mem_driver", default=None)
+"""Who runs the task of this context."""
 
 
 class Slot:
     """One slot. A ticket calls `run_ticket`; between tickets it keeps its connection, functions and cache.
 
     Args:
-        name: `<node>|<pid>.<n>`; the node's agent watches the process.
+        name: `<node>|<process identity>.<n>`; the node's agent watches the process.
         node: name of the Celery worker.
         send_tickets: sends tickets that a step asked for.
     """
@@ -44,180 +61,238 @@ class Slot:
         self.seconds_per_task = settings.batch_target
         self._wake = Link.connect(settings, blocking=True)
         self._batch = Batch()
+        self._turns = Turns()
+        # Held from taking reports out of the batch until Redis has them: so at any step this slot owns what runs
+        # now and what the step names, nothing else.
+        self._reporting = threading.Lock()
+        self._helpers: set[threading.Thread] = set()
         self._watcher: threading.Thread | None = None
+        self._closed = False
+        self._was_useful = True
 
     def run_ticket(self, ticket: str) -> int:
-        """Run tasks until the slice is over or nothing came for the linger time; returns how many ran."""
+        """Run tasks until the slice is over or nothing came for the linger time; returns how many ran.
+
+        A slice gets longer where a task waits for others: what has begun here ends here.
+        """
+        driver = Driver(self)
+        token = here.set(driver)
+        self._turns.take(driver)
+        try:
+            return self._run_slice(driver, ticket)
+        except (WorkerShutdown, WorkerTerminate):
+            self._batch.give_up_all()  # this process is about to end: what it has must go back now
+            self._step("iq", 0)
+            raise
+        finally:
+            self._turns.give(driver)
+            here.reset(token)
+
+    def _run_slice(self, driver: Driver, ticket: str) -> int:
         end = time.monotonic() + self.settings.slice
-        mode, ran = "", 0
-        finished = Finished()
+        ran = 0
+        # Tickets that come late, behind other messages, come in heaps; only the first of them waits for work.
+        mode = "" if self._was_useful else "l"
         while True:
-            leaving = time.monotonic() >= end
-            step = self._step(ticket, mode + "q" if leaving else mode, 0 if leaving else self._want(), finished)
+            leaving = time.monotonic() >= end and not self._helpers
+            taken = self._step("iq" if leaving else mode, 0 if leaving else self._want(), ticket)
             ticket = ""
-            if leaving:
-                return ran
-            if step.taken:
-                finished = self._run(step.taken)
-                ran += len(finished.done) + len(finished.failed)
+            if taken:
+                ran += self._run(driver, taken)
                 mode = ""
-            elif "l" in mode:
+            elif leaving or "l" in mode:
+                self._was_useful = ran > 0
                 return ran
             else:
-                finished = Finished()
-                mode = "i" if self._wait_for_work() else "il"
+                mode = "i" if self._wait_for_work(driver) or self._helpers else "il"
 
-    def _step(self, ticket: str, mode: str, want: int, finished: Finished) -> Step:
-        step = self.store.step(
-            self.name,
-            self.node,
-            ticket=ticket,
-            mode=mode,
-            want=want,
-            done=finished.done,
-            failed=finished.failed,
-            before=finished.before,
-        )
-        self._after_step(step, finished, self.runner.discard)
-        return step
+    def _step(self, mode: str, want: int, ticket: str = "") -> list[Taken]:
+        """Report what is done, hand back what will not be run, take more: one round trip.
 
-    def _after_step(self, step: Step, finished: Finished, discard: Callable[[str, str], None]) -> None:
+        Args:
+            mode: see scripts/step.lua.
+        """
+        with self._reporting:
+            taken = self._send(mode, want, self._batch.drain(), ticket)
+        # After a lost reply Redis names all that this slot owns.
+        return [t for t in taken if not self._batch.is_running(t)]
+
+    def _send(self, mode: str, want: int, reports: Reports, ticket: str = "") -> list[Taken]:
+        try:
+            step = self.store.step(
+                self.name,
+                self.node,
+                ticket=ticket,
+                mode=mode,
+                want=want,
+                done=reports.done,
+                failed=reports.failed,
+                back=[(task.key, task.attempt) for task in reports.back],
+            )
+        except BaseException:
+            self._batch.restore(reports)  # repeated by the next step, which does no harm
+            raise
         if step.stale:
-            log.info("fenced: %d reports came too late and count for nothing, first %s", len(step.stale), step.stale[0])
+            log.info("%d reports came too late, first %s: void", len(step.stale), step.stale[0])
             late = set(step.stale)
-            for done in finished.done:
+            for done in reports.done:
                 if done.key in late and done.kind == "b":
-                    discard(done.key, done.attempt)
+                    self.store.link.call("UNLINK", self.store.keys.blob(done.attempt, done.key))
         if step.tickets.ids:
             self.send_tickets(step.tickets)
+        return step.taken
 
-    def _wait_for_work(self) -> bool:
+    def _wait_for_work(self, driver: Driver) -> bool:
         """Wait up to the linger time for a wake-up."""
         name = self.store.keys.of("wake", self.name)
-        return self._wake.call("BLPOP", name, self.settings.linger) is not None
+        self._turns.give(driver)
+        try:
+            return self._wake.call("BLPOP", name, self.settings.linger) is not None
+        finally:
+            self._turns.take(driver)
 
     def _want(self) -> int:
         return max(1, min(self.settings.batch_limit, int(self.settings.batch_target / self.seconds_per_task)))
 
-    def _run(self, taken: list[Taken]) -> Finished:
-        batch = self._batch
+    def _run(self, driver: Driver, taken: list[Taken]) -> int:
+        """Run tasks one after the other, until none is left or the driver is to end; returns how many ran."""
+        batch, ran = self._batch, 0
         batch.begin(taken)
         if len(taken) > 1:
             self._watch()
-        try:
-            while (task := batch.next()) is not None:
+        while (task := batch.next()) is not None:
+            driver.task = task
+            try:
                 report = self.runner.run(task)
-                self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
-                batch.add(report.done, report.failed, report.before)
-        except BaseException:
-            # The worker is told to stop in the middle of a task: nothing that was taken may be lost.
-            finished, unrun = batch.end(with_current=True)
-            self.store.step(self.name, self.node, mode="q", want=0, done=finished.done, failed=finished.failed,
-                            back=[(t.key, t.attempt) for t in unrun], before=finished.before)
-            raise
-        return batch.end()[0]
+            except BaseException:
+                batch.give_up(task)
+                raise
+            finally:
+                driver.task = None
+            batch.add(task, report.outcome)
+            self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
+            ran += 1
+            self._turns.pass_on(driver)
+        return ran
+
+    # --- the watcher ---
 
     def _watch(self) -> None:
-        if self._watcher is None or not self._watcher.is_alive():
-            self._watcher = threading.Thread(target=self._watch_forever, name="celery-mem-watcher", daemon=True)
+        if self._watcher is None:
+            self._watcher = threading.Thread(target=self._watch_forever, daemon=True)
             self._watcher.start()
 
     def _watch_forever(self) -> None:
-        store = self.store.twin()
         limit = LONG * self.settings.batch_target
-        while True:
-            self._batch.running.wait()
+        while not self._closed:
+            self._batch.has_several.wait()
             time.sleep(limit / 2)
-            finished, unrun = self._batch.split_if_older(limit)
-            if not (unrun or finished.done or finished.failed):
-                continue
             try:
-                step = store.step(
-                    self.name, self.node, want=0, done=finished.done, failed=finished.failed,
-                    back=[(t.key, t.attempt) for t in unrun], before=finished.before,
-                )
-                self._after_step(
-                    step, finished, lambda key, attempt: store.link.call("UNLINK", store.keys.blob(attempt, key))
-                )
-            except Exception:
-                log.exception("could not hand back %d tasks behind a long one", len(unrun))
-                self._batch.give_back(finished, unrun)
+                with self._reporting:
+                    reports = self._batch.drain_if_held_up(limit)
+                    if reports is not None:
+                        self._send("", 0, reports)
+            except Exception as error:
+                log.warning("could not hand back the tasks behind a long one: %s", error)
 
+    # --- for tasks that wait for tasks ---
 
-class Finished:
-    """Reports that wait to be sent."""
+    def help_until(self, driver: Driver, wait: Wait, timeout: float | None) -> bool:
+        """Wait inside a task of `driver`, and have another thread drive meanwhile; returns what `wait` returns.
 
-    def __init__(self) -> None:
-        self.done: list[Done] = []
-        self.failed: list[Failed] = []
-        self.before: list[Command] = []
+        The task goes on when nothing else of this slot runs: then that thread has come to the end of what it
+        was running, or that waits in its turn.
+        """
+        if wait(0):
+            return True
+        with driver.lock:
+            driver.waiting += 1
+            if driver.waiting == 1:
+                driver.helper = self._start_helper()
+                self._turns.give(driver)
+        try:
+            return wait(timeout)
+        finally:
+            with driver.lock:
+                driver.waiting -= 1
+                if driver.waiting == 0:
+                    driver.helper.set()
+                    self._turns.resume(driver)
 
+    def _start_helper(self) -> threading.Event:
+        stop = threading.Event()
+        if len(self._helpers) < MOST_HELPERS:
+            thread = threading.Thread(target=self._help, args=(stop,), name="celery-mem-helper", daemon=True)
+            self._helpers.add(thread)
+            thread.start()
+        else:
+            log.warning("%d tasks of slot %s wait for each other's tasks", MOST_HELPERS, self.name)
+        return stop
 
-class Batch:
-    """The tasks a slot has taken. Invariant: each is in exactly one of waiting, current, finished."""
+    def _help(self, stop: threading.Event) -> None:
+        driver = Driver(self)
+        here.set(driver)
+        pause = NOTICE_S
+        self._turns.take(driver)
+        try:
+            while not stop.is_set():
+                try:
+                    pause = self._help_once(driver, stop, pause)
+                except BaseException as error:
+                    log.warning("slot %s cannot help a task that waits: %s", self.name, error)
+                    self._sleep(driver, stop, RETRY_PAUSE_S)
+        finally:
+            self._helpers.discard(threading.current_thread())
+            self._turns.give(driver)
 
-    def __init__(self) -> None:
-        self.running = threading.Event()
-        self._lock = threading.Lock()
-        self._waiting: deque[Taken] = deque()
-        self._current: Taken | None = None
-        self._since = 0.0
-        self._finished = Finished()
+    def _help_once(self, driver: Driver, stop: threading.Event, pause: float) -> float:
+        """Run what is ready; if there is nothing, or before a long task, see if the waiting one can go on."""
+        want = self._want()
+        if want == 1 and not self._batch.is_empty:
+            self._step("", 0)
+            self._sleep(driver, stop, NOTICE_S)
+            if stop.is_set():
+                return pause
+        taken = self._step("", want)
+        if taken:
+            self._run(driver, taken)
+            return NOTICE_S
+        self._step("i", 0)  # does not idle: a wake-up must go to a slot that listens
+        self._sleep(driver, stop, pause)
+        return min(2 * pause, LONGEST_PAUSE_S)
 
-    def begin(self, taken: list[Taken]) -> None:
-        """Take up a new batch; the one before has ended."""
-        with self._lock:
-            self._waiting.extend(taken)
-            self._finished = Finished()
-        if len(taken) > 1:
-            self.running.set()
+    def _sleep(self, driver: Driver, stop: threading.Event, seconds: float) -> None:
+        self._turns.give(driver)
+        stop.wait(seconds)
+        self._turns.take(driver)
 
-    def next(self) -> Taken | None:
-        """Return the next task to run; None when there are no more."""
-        with self._lock:
-            self._current = self._waiting.popleft() if self._waiting else None
-            self._since = time.monotonic()
-            return self._current
+    def priority_of(self, task: Taken) -> float:
+        """Read the priority of a task that runs here."""
+        text = self.store.link.call("HGET", self.store.keys.of("task", task.key), TASK["priority"])
+        return float(text or 0)
 
-    def add(self, done: Done | None, failed: Failed | None, before: list[Command]) -> None:
-        """Record what came of the current task."""
-        with self._lock:
-            self._current = None
-            finished = self._finished
-            if done is not None:
-                finished.done.append(done)
-            if failed is not None:
-                finished.failed.append(failed)
-            if before:
-                finished.before += before
+    # --- the end ---
 
-    def end(self, *, with_current: bool = False) -> tuple[Finished, list[Taken]]:
-        """Close the batch; returns the reports, and what was not run."""
-        self.running.clear()
-        with self._lock:
-            finished, self._finished = self._finished, Finished()
-            unrun = list(self._waiting)
-            self._waiting.clear()
-            if with_current and self._current is not None:
-                unrun.insert(0, self._current)
-            self._current = None
-            return finished, unrun
+    def retire(self) -> None:
+        """Give up the slot after an error, in a thread: its tasks go back as soon as Redis can be told."""
+        threading.Thread(target=self._sign_off, name="celery-mem-retired-slot", daemon=True).start()
 
-    def split_if_older(self, seconds: float) -> tuple[Finished, list[Taken]]:
-        """If the current task has run for longer, take away the reports and the tasks behind it."""
-        with self._lock:
-            if self._current is None or time.monotonic() - self._since < seconds:
-                return Finished(), []
-            finished, self._finished = self._finished, Finished()
-            unrun = list(self._waiting)
-            self._waiting.clear()
-            self.running.clear()
-            return finished, unrun
+    def _sign_off(self) -> None:
+        while True:
+            try:
+                self._batch.begin(self._step("r", 1))  # also what a lost reply gave
+                self._step("iq", 0)
+                break
+            except NamespaceResetError:
+                break  # with the old namespace all that it owned went
+            except Exception as error:
+                log.warning("slot %s cannot give back its tasks yet: %s", self.name, error)
+                time.sleep(RETRY_PAUSE_S)
+        self.close()
 
-    def give_back(self, finished: Finished, unrun: list[Taken]) -> None:
-        """Undo a split whose report could not be sent."""
-        with self._lock:
-            self._finished.done[:0] = finished.done
-            self._finished.failed[:0] = finished.failed
-            self._finished.before[:0] = finished.before
-            self._waiting.extend(unrun)
+    def close(self) -> None:
+        """Disconnect; the watcher ends."""
+        self._closed = True
+        self._batch.has_several.set()
+        self._wake.close()
+        self.store.link.close()

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from celery import signals
+from celery.exceptions import WorkerShutdown, WorkerTerminate
+
 from celery_mem.config import Settings
+from celery_mem.errors import NamespaceResetError
+from celery_mem.graph import inside
 from celery_mem.graph.tickets import send_tickets
+from celery_mem.worker.process import own_identity
 
 if TYPE_CHECKING:
     from celery import Celery
+
+    from celery_mem.worker.slot import Slot
+    from celery_mem.worker.turns import Driver
+
+log = logging.getLogger("celery_mem.worker")
 
 _local = threading.local()
 _numbers = itertools.count(1)
@@ -19,12 +32,60 @@ _numbers = itertools.count(1)
 
 def run_ticket(app: Celery, settings: Settings, node: str, ticket: str) -> int:
     """Run the slot of this thread for one ticket; returns how many tasks ran."""
-    slot: Any = getattr(_local, "slot", None)
+    slot = _slot_here(app, settings, node)
+    try:
+        return slot.run_ticket(ticket)
+    except NamespaceResetError as error:
+        log.warning("%s; slot %s begins anew", error, slot.name)
+        _local.slot = None
+        slot.close()
+        return 0
+    except (WorkerShutdown, WorkerTerminate):
+        raise
+    except BaseException:
+        _local.slot = None  # the next ticket gets another; this one may have to wait for Redis
+        slot.retire()
+        raise
+
+
+def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
+    slot: Slot | None = getattr(_local, "slot", None)
     if slot is None or _local.pid != os.getpid() or slot.node != node:
+        # Only here, in the process that runs tasks: the main process of a prefork worker needs none of it.
         from celery_mem.worker.slot import Slot
 
-        name = f"{node}|{os.getpid()}.{next(_numbers)}"
+        inside.worker = Host(app, settings, node)
+        name = f"{node}|{own_identity()}.{next(_numbers)}"
         slot = Slot(name, node, settings, lambda tickets: send_tickets(app, tickets))
         _local.slot, _local.pid = slot, os.getpid()
-    ran: int = slot.run_ticket(ticket)
-    return ran
+    return slot
+
+
+class Host:
+    """What tasks may ask of their worker; see `inside.Worker`."""
+
+    def __init__(self, app: Celery, settings: Settings, node: str) -> None:
+        self.app = app
+        self.settings = settings
+        self.node = node
+
+    def help_until(self, wait: inside.Wait, timeout: float | None) -> bool:
+        driver = _driver()
+        return wait(timeout) if driver is None else driver.slot.help_until(driver, wait, timeout)
+
+    def task_priority(self) -> float | None:
+        driver = _driver()
+        return None if driver is None or driver.task is None else driver.slot.priority_of(driver.task)
+
+    def at_exit(self, call: Callable[[], Any]) -> None:
+        def end(**_: Any) -> None:
+            call()
+
+        signals.worker_process_shutdown.connect(end, weak=False)  # a pool child
+        signals.worker_shutdown.connect(end, weak=False)  # the main process, where its own threads run tasks
+
+
+def _driver() -> Driver | None:
+    from celery_mem.worker.slot import here
+
+    return here.get()

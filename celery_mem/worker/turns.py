@@ -1,0 +1,69 @@
+"""One task at a time, though several may have begun: a task that waits for others gives up its turn meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from celery_mem.state.store import Taken
+    from celery_mem.worker.slot import Slot
+
+
+class Driver:
+    """A thread that takes tasks for a slot and runs them: the one with the ticket, or one that helps.
+
+    Attributes:
+        slot: whose tasks it runs.
+        task: the task that it runs now, or that waits.
+        lock: guards the attributes below.
+        waiting: threads of its task that wait for other tasks; more than one only if it is a coroutine.
+        helper: tells the thread that drives instead, while `waiting`, to end.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.task: Taken | None = None
+        self.lock = threading.Lock()
+        self.waiting = 0
+        self.helper = threading.Event()
+
+
+class Turns:
+    """Which of a slot's drivers may run. One whose task can go on comes before one that would begin another."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._owner: Driver | None = None
+        self._resuming = 0
+
+    def take(self, driver: Driver) -> None:
+        """Wait for the turn, to begin something."""
+        with self._changed:
+            while self._owner is not None or self._resuming:
+                self._changed.wait()
+            self._owner = driver
+
+    def resume(self, driver: Driver) -> None:
+        """Wait for the turn, to go on with what has begun."""
+        with self._changed:
+            self._resuming += 1
+            try:
+                while self._owner is not None:
+                    self._changed.wait()
+                self._owner = driver
+            finally:
+                self._resuming -= 1
+
+    def give(self, driver: Driver) -> None:
+        """Give up the turn, if `driver` has it."""
+        with self._changed:
+            if self._owner is driver:
+                self._owner = None
+                self._changed.notify_all()
+
+    def pass_on(self, driver: Driver) -> None:
+        """Let those go first that can go on."""
+        if self._resuming:
+            self.give(driver)
+            self.take(driver)

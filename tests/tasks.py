@@ -1,0 +1,94 @@
+"""Functions that tests run on workers. Those that take a `where` count their runs there: (url, name)."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from typing import Any
+from uuid import uuid4
+
+from redis import Redis
+
+Where = tuple[str, str]
+
+
+@functools.cache
+def _redis(url: str, pid: int) -> Redis:
+    return Redis.from_url(url, protocol=2, socket_timeout=120)
+
+
+def redis_of(url: str) -> Redis:
+    """A connection for the tasks of this process."""
+    return _redis(url, os.getpid())
+
+
+def note(where: Where) -> None:
+    """Count one run: in a set, so that a command that is sent twice counts once."""
+    redis_of(where[0]).sadd(f"runs:{where[1]}", uuid4().hex)
+
+
+def inc(x: Any) -> Any:
+    return x + 1
+
+
+def add(*xs: Any) -> Any:
+    return sum(xs)
+
+
+def counted(where: Where, *xs: Any, seconds: float = 0) -> Any:
+    """Count this run, take a while, return the sum."""
+    note(where)
+    if seconds:
+        time.sleep(seconds)
+    return sum(xs)
+
+
+def wait_for_word(where: Where, result: Any = None) -> Any:
+    """Count this run and return when somebody pushes a word to the list `go:<name>`."""
+    note(where)
+    redis_of(where[0]).blpop([f"go:{where[1]}"], 60)
+    return result
+
+
+def large(where: Where, n: int, fill: int = 1) -> Any:
+    """Return a large object, which becomes a blob."""
+    import numpy
+
+    note(where)
+    return numpy.full(n, fill, dtype="u1")
+
+
+def total(where: Where, x: Any) -> int:
+    note(where)
+    return int(x.sum(dtype="u8"))
+
+
+def here(_: Any = None) -> int:
+    """Return the process that runs this."""
+    return os.getpid()
+
+
+def die(where: Where, times: int) -> str:
+    """Kill the own process until this has run more than `times` times."""
+    note(where)
+    if redis_of(where[0]).scard(f"runs:{where[1]}") <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def fibonacci(n: int) -> int:
+    """Submit and wait, all the way down."""
+    from celery_mem import Client
+
+    if n < 2:
+        return n
+    client = Client.current()
+    left, right = client.submit(fibonacci, n - 1), client.submit(fibonacci, n - 2)
+    return int(left.result() + right.result())
+
+
+def total_and(where: Where, x: Any, y: int) -> int:
+    note(where)
+    return int(x.sum(dtype="u8")) + y
