@@ -27,7 +27,17 @@ _HOMES = {
     "progress": "celery_mem.client.progress",
     "wait": "celery_mem.client.waiting",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "Client",
+    "Future",
+    "LocalCluster",
+    "__version__",
+    "as_completed",
+    "futures_of",
+    "install",
+    "progress",
+    "wait",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import logging
@@ -13,9 +14,9 @@ import uuid
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import dask
+from dask.delayed import delayed
 
 from celery_mem.client import current
 from celery_mem.client.future import Future, text_of_future
@@ -27,6 +28,7 @@ from celery_mem.client.states import (
     Countdown,
     KeyState,
     seconds_left,
+    until_final,
     unwatch,
     watch,
 )
@@ -40,12 +42,13 @@ from celery_mem.errors import (
     UnboundFutureError,
 )
 from celery_mem.graph import collections as lowering
-from celery_mem.graph.calls import encode_call, encode_function, name_of, token_of
+from celery_mem.graph import inside
+from celery_mem.graph.calls import encode_function, name_of, token_of
 from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
 from celery_mem.memory import blobs
-from celery_mem.memory.serialize import dumps, loads_inline
+from celery_mem.memory.serialize import Frames, dumps, loads_inline
 from celery_mem.state.store import NewData, Tickets
 
 if TYPE_CHECKING:
@@ -55,6 +58,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("celery_mem.client")
 
+SHARED_ARGUMENT = 100_000
+"""Arguments of many calls that are larger, in bytes, are stored once."""
+CHUNK_DATA = 500
+CHUNK_BYTES = 4 << 20
+"""Most objects, and bytes, of scattered data that go in one call."""
+
 Priority = int | float
 
 
@@ -62,8 +71,9 @@ class Client:
     """A process's connection to a cluster: what it submits is held until its futures are gone.
 
     Args:
-        address: URL of the cluster's Redis, or a LocalCluster, or a Celery app with celery-mem installed. None
-            takes `app`, else `CELERY_MEM_URL` or `REDIS_URL`, else starts a LocalCluster, closed with this client.
+        address: URL of the cluster's Redis, or a LocalCluster, or a Celery app with celery-mem installed.
+            None takes `app`, else `CELERY_MEM_URL` or `REDIS_URL`, else starts a LocalCluster that ends with
+            this client.
         app: the Celery app through which tickets are sent, where its broker is not that Redis.
         namespace: which graph on that Redis; default the `mem_namespace` setting.
         set_as_default: make `x.compute()` and `dask.compute(...)` go through this client.
@@ -92,7 +102,7 @@ class Client:
         self._own_cluster = False
         url, namespace, app = self._resolve(address, namespace, app)
         try:
-            loaded = Settings.load(app, url=url, namespace=namespace, **settings)
+            loaded = _load_settings(app, url=url, namespace=namespace, **settings)
             self.settings = loaded
             self._app = app
             self._app_lock = threading.Lock()
@@ -129,6 +139,8 @@ class Client:
             address = LocalCluster(namespace=namespace or "mem")
             self._own_cluster = True
         if isinstance(address, LocalCluster):
+            if address.closed:
+                raise ConfigError("this LocalCluster is closed; make a new one")
             self.cluster = address
             return address.url, namespace or address.namespace, app
         if address is not None and not isinstance(address, str):
@@ -161,12 +173,13 @@ class Client:
     ) -> Future:
         """Run `func(*args, **kwargs)` on the cluster.
 
-        Futures among the arguments, nested in containers or in other objects too, are dependencies: in containers
-        their results arrive, in other objects the futures themselves, bound to a client of the worker.
+        Futures among the arguments, nested in containers or in other objects too, are dependencies: in
+        containers their results arrive, in other objects the futures themselves, bound to a client of the
+        worker.
 
         Args:
-            key: name of the task. A key that exists already is not run again, whatever `func` is: the first call
-                under a key counts for as long as anybody holds it.
+            key: name of the task. A key that exists already is not run again, whatever `func` is: the first
+                call under a key counts for as long as anybody holds it, or holds what depends on it.
             pure: equal calls share one key and run once. False gives a new key.
             retries: how often to run again after an exception, without delay.
             priority: higher runs first, before the order of submission.
@@ -185,8 +198,7 @@ class Client:
         with Submission(self, priority=priority, retries=retries) as submission:
             state, new = submission.refer(text)
             if new:
-                payload = encode_call(args, kwargs, Future, self._text_of)
-                submission.add(text, function, payload)
+                submission.add_call(text, func, function, args, kwargs)
         return self._future(key, state)
 
     def map(
@@ -205,7 +217,7 @@ class Client:
         Args:
             key: a prefix for the keys, or one key per call.
             batch_size: ignored; tasks always go to Redis in chunks.
-            kwargs: given to every call.
+            kwargs: given to every call; large ones are stored once.
         Raises:
             TypeError: an argument is an iterator or a queue, whose end nobody knows.
         """
@@ -220,6 +232,7 @@ class Client:
         if not calls:
             return []
         function = encode_function(func)
+        kwargs = {name: self._shared(value) for name, value in kwargs.items()}
         prefix = key if isinstance(key, str) else function.name
         keys: Sequence[Key]
         if key is not None and not isinstance(key, str):
@@ -236,9 +249,17 @@ class Client:
                 text = text_of(k)
                 state, new = submission.refer(text)
                 if new:
-                    submission.add(text, function, encode_call(args, kwargs, Future, self._text_of))
+                    submission.add_call(text, func, function, args, kwargs)
                 futures.append(self._future(k, state))
         return futures
+
+    def _shared(self, value: Any) -> Any:
+        """Scatter what would be large in each of many calls."""
+        from dask.sizeof import sizeof
+
+        if sizeof(value) <= SHARED_ARGUMENT or lowering.futures_of(value):
+            return value
+        return self.scatter(value, as_one=True)
 
     def compute(
         self,
@@ -254,8 +275,8 @@ class Client:
         """Start computing Dask collections; one future for each.
 
         Args:
-            collections: a collection, or a list, tuple or set of them; further ones may follow. What is no collection
-                is returned as it is, but a container with collections in it becomes one future.
+            collections: a collection, or a list, tuple or set of them; further ones may follow. What is no
+                collection is returned as it is, but a container with collections in it becomes one future.
             sync: wait, and return results instead of futures.
             optimize_graph: let Dask optimize first.
             traverse: look for collections inside containers.
@@ -266,7 +287,7 @@ class Client:
         single = not args and not isinstance(collections, (list, tuple, set, frozenset))
         items = [collections] if single else [*(collections if not args else (collections, *args))]
         if traverse:
-            items = [dask.delayed(x) if _has_collections(x) else x for x in items]
+            items = [delayed(x) if _has_collections(x) else x for x in items]
         members = [x for x in items if lowering.is_dask_collection(x)]
         lowered = lowering.lower(members, finalize=True, optimize_graph=optimize_graph)
         futures = iter(self._submit_lowered(lowered, lowered.final_keys, retries, priority))
@@ -286,8 +307,8 @@ class Client:
         """Start computing Dask collections and keep their parts on the cluster.
 
         Returns:
-            collections like the ones given, whose graphs hold one future per part and nothing else: the data stays
-            for as long as they, or what is derived from them, live.
+            collections like the ones given, whose graphs hold one future per part and nothing else: the data
+            stays for as long as they, or what is derived from them, live.
         Raises:
             AssertionError: an argument is no Dask collection.
         """
@@ -320,8 +341,9 @@ class Client:
 
         Args:
             dsk: a graph: dict, HighLevelGraph or expression.
-            keys: a key, or lists of keys, nested to any depth.
-            sync: wait and return results; False returns futures.
+            keys: a key, or lists of keys, nested to any depth. As everywhere, a key that is held already, by
+                anybody, is not computed again.
+            sync: wait and return results, and keep nothing; False returns futures.
             kwargs: options meant for Dask's own schedulers, without effect.
         Returns:
             results (or futures) in the nesting of `keys`.
@@ -334,7 +356,12 @@ class Client:
         futures = dict(zip(wanted, self._submit_lowered(lowered, wanted, retries, priority), strict=True))
         if not sync:
             return lowering.nest(keys, futures)
-        results = dict(zip(wanted, self.gather(list(futures.values())), strict=True))
+        try:
+            results = dict(zip(wanted, self.gather(list(futures.values())), strict=True))
+        finally:
+            # Now and not soon: the next call may use the same keys for other tasks.
+            futures.clear()
+            self._session.flush_releases()
         return lowering.nest(keys, results)
 
     def _submit_lowered(
@@ -345,68 +372,80 @@ class Client:
             texts = submission.add_graph(lowered, outputs)
         return [self._future(key, submission.states[text]) for key, text in zip(outputs, texts, strict=True)]
 
-    def scatter(self, data: Any, *, hash: bool = True) -> Any:
-        """Put data on the cluster; it is pinned as long as its futures live, and cannot be made again if lost.
+    def scatter(self, data: Any, *, hash: bool = True, as_one: bool = False) -> Any:  # noqa: A002 (its known name)
+        """Put data on the cluster; it is pinned as long as its futures live, and lost if Redis loses it.
 
         Args:
-            data: a list, tuple or set gives the same of futures, a dict one with futures for values, under its own
-                keys; anything else is one object.
+            data: a list, tuple or set gives the same of futures, a dict one with futures for values, under
+                its own keys; anything else is one object. Data of a key that exists is not replaced.
             hash: equal objects share a key; False gives each a new one.
+            as_one: take a container as one object, too.
+        Raises:
+            SerializationError: an object cannot be pickled.
+            StoreFullError: Redis is full.
         """
-        if type(data) is dict:
-            return self._scatter(list(data.items()))
-        if type(data) in (list, tuple, set, frozenset):
-            futures = self._scatter([(self._data_key(x, hash), x) for x in data])
-            return (
-                type(data)(futures.values())
-                if len(futures) == len(data)
-                else type(data)(futures[self._data_key(x, hash)] for x in data)
-            )
+        kind = type(data)
+        if not as_one and kind is dict:
+            return self._scatter(data)
+        is_named = isinstance(data, tuple) and hasattr(data, "_fields")
+        if not as_one and (kind in (list, tuple, set, frozenset) or is_named):
+            keys = [self._data_key(x, hash) for x in data]
+            futures = self._scatter(dict(zip(keys, data, strict=True)))
+            return kind(*map(futures.get, keys)) if is_named else kind(map(futures.get, keys))
         key = self._data_key(data, hash)
-        return self._scatter([(key, data)])[key]
+        return self._scatter({key: data})[key]
 
     def _data_key(self, x: Any, by_hash: bool) -> str:
         from dask.tokenize import tokenize
 
         return f"{name_of(type(x))}-{tokenize(x) if by_hash else self._fresh_token()}"
 
-    def _scatter(self, items: Sequence[tuple[Key, Any]]) -> dict[Key, Future]:
-        out: dict[Key, Future] = {}
+    def _scatter(self, items: Mapping[Any, Any]) -> dict[Any, Future]:
         session = self._session
-        for key, value in items:
-            text = text_of(key)
-            frames = dumps(value, f"data {key!r}")
-            with session.lock:
-                epoch = session.next_epoch()
-                state, new = session.refer(text, epoch)
-            out[key] = self._future(key, state)
-            if not new:
-                continue
-            kind: str
-            data: bytes | str
-            if frames.nbytes <= self.settings.inline_limit:
-                kind, data = "v", frames.inline()
-            else:
-                kind, data = "b", f"{session.id}.{next(self._numbers)}"
-                self.write_blob(data, text, frames)
+        out: dict[Any, Future] = {}
+        new: list[KeyState] = []
+        chunk: list[NewData] = []
+        # As with a submission: nobody else may refer to these keys before they are there.
+        with session.order:
+            session.check_open()
+            epoch = session.next_epoch()
             try:
-                session.put(
-                    [NewData(text, frames.nbytes, type(value).__qualname__, kind, data, frames.contains)],
-                    epoch,
-                    (),
-                )
-            except BaseException as error:
-                session.forget([state], str(error))
+                for key, value in items.items():
+                    text = text_of(key)
+                    state, is_new = session.refer(text, epoch)
+                    out[key] = self._future(key, state)
+                    if is_new:
+                        new.append(state)
+                        chunk.append(self._new_data(text, value))
+                    if len(chunk) >= CHUNK_DATA or sum(len(d.data) for d in chunk) > CHUNK_BYTES:
+                        session.put(chunk, epoch)
+                        chunk = []
+                if chunk:
+                    session.put(chunk, epoch)
+            except BaseException:
+                session.forget(new, "its call failed")
+                session.releases.owe(s.text for s in new)
                 raise
         return out
 
-    def write_blob(self, token: str, text: str, frames: Any) -> None:
-        """Store a large object ahead of the call that refers to it."""
+    def _new_data(self, text: str, value: Any) -> NewData:
+        """Pickle an object; one that is large is written at once."""
+        frames = dumps(value, f"data {key_of(text)!r}")
+        type_name = type(value).__qualname__
+        if frames.nbytes <= self.settings.inline_limit:
+            return NewData(text, frames.nbytes, type_name, "v", frames.inline(), frames.contains)
+        token = self.next_blob_token()
+        self.write_blob(token, text, frames)
+        return NewData(text, frames.nbytes, type_name, "b", token, frames.contains)
+
+    def write_blob(self, token: str, text: str, frames: Frames) -> str:
+        """Store a large object ahead of the call that refers to it; returns its name in Redis."""
         name = self._session.store.keys.blob(token, text)
         commands = blobs.write_commands(
             name, frames, piece_bytes=self.settings.piece_bytes, lease_s=self.settings.blob_lease
         )
         self._session.write(commands)
+        return name
 
     # --- results ---
 
@@ -415,12 +454,13 @@ class Client:
 
         Args:
             futures: a future, or lists, tuples, sets and dicts of them, nested to any depth.
-            errors: "raise" raises the first failure in order; "skip" leaves failed ones out of lists, and puts None
-                in their place in dicts.
+            errors: "raise" raises as soon as one fails, the first in order of those that have; "skip" waits
+                for all, leaves failed ones out of lists, and puts None in their place in dicts.
             timeout: seconds for the whole call; None waits without end.
         Raises:
             TimeoutError: the tasks go on; call again.
             ForeignFutureError: a future of another client.
+            Exception: what a task raised.
         """
         if errors not in ("raise", "skip"):
             raise ValueError(f'errors is "raise" or "skip", not {errors!r}')
@@ -430,13 +470,14 @@ class Client:
             if future._client is not self:
                 text_of_future(future, self)  # raises the fitting error
         states = [f._bound()[1] for f in flat.values()]
-        self._wait(states, timeout, "gather")
-        results: dict[int, Any] = {}
+        self._wait(states, timeout, "gather", until_failure=errors == "raise")
+        good = {}
         for (i, future), state in zip(flat.items(), states, strict=True):
-            if errors == "skip" and state.status in (ERROR, CANCELLED):
-                continue
-            results[i] = self._value(state, future.key)
-        return _arrange(futures, results)
+            if state.status not in (ERROR, CANCELLED):
+                good[i] = state, future.key
+            elif errors == "raise":
+                self._raise_failure(state, future.key)
+        return _arrange(futures, {i: self._value(state, key) for i, (state, key) in good.items()})
 
     def result_of(self, state: KeyState, key: Key, timeout: float | None) -> Any:
         """Wait for one key and return its result."""
@@ -453,44 +494,72 @@ class Client:
             self.raise_cancelled(state, key)
         return self._decoded_error(state, key) if state.status == ERROR else (None, None)
 
-    def raise_cancelled(self, state: KeyState, key: Key) -> None:
+    def raise_cancelled(self, state: KeyState, key: Key) -> NoReturn:
         """Raise the error of a cancelled future."""
         raise FutureCancelledError(key, state.reason)
 
-    def _wait(self, states: Sequence[KeyState], timeout: float | None, what: str) -> None:
+    def _wait(
+        self, states: Sequence[KeyState], timeout: float | None, what: str, *, until_failure: bool = False
+    ) -> None:
         session = self._session
         deadline = None if timeout is None else time.monotonic() + timeout
+        session.flush()
         while True:
             with session.lock:
                 pending = [s for s in states if s.status not in FINAL]
                 if not pending:
                     return
+                if until_failure and any(s.status in (ERROR, CANCELLED) for s in states):
+                    return
                 session.check_open()
-                countdown = Countdown(len(pending))
+                countdown = Countdown(len(pending), until_failure=until_failure)
                 watch(pending, countdown)
-            if not countdown.wait(seconds_left(deadline)):
-                with session.lock:
-                    unwatch(pending, countdown)
+            try:
+                in_time = inside.wait_for(countdown.wait, seconds_left(deadline))
+            finally:
+                if not countdown.is_over:
+                    with session.lock:
+                        unwatch(pending, countdown)
+            if not in_time:
                 raise TimeoutError(
                     f"{what}: {countdown.left} of {len(states)} tasks not done after {timeout} s"
                 )
 
     def _value(self, state: KeyState, key: Key) -> Any:
-        if state.status == ERROR:
-            error, tb = self._decoded_error(state, key)
-            assert error is not None
-            raise error.with_traceback(tb)
-        if state.status == CANCELLED:
-            self.raise_cancelled(state, key)
-        if state.data is not None:
-            return loads_inline(state.data, f"the result of {key!r}")
-        return self._fetch(state.text, key)
-
-    def _fetch(self, text: str, key: Key) -> Any:
-        found, value = self._session.fetch(text, f"the result of {key!r}")
+        if state.status in (ERROR, CANCELLED):
+            self._raise_failure(state, key)
+        data, what = state.data, f"the result of {key!r}"
+        outer = current._context.set(self)  # futures in the result belong to this client
+        try:
+            if data is not None:
+                return loads_inline(data, what)
+            found, value = self._session.fetch(state.text, what)
+        finally:
+            current._context.reset(outer)
         if not found:
             raise DataLostError(key, "its data is not in Redis any more")
         return value
+
+    def _raise_failure(self, state: KeyState, key: Key) -> NoReturn:
+        if state.status == CANCELLED:
+            self.raise_cancelled(state, key)
+        error, tb = self._decoded_error(state, key)
+        try:
+            raise error.with_traceback(tb)
+        finally:
+            del error, tb  # or this frame and the error keep each other, and what the callers hold, alive
+
+    async def await_result(self, future: Future, state: KeyState) -> Any:
+        """Wait for one future in an event loop and return its result."""
+        import asyncio
+
+        key = future.key
+        self._session.flush()
+        if inside.worker is None:
+            await until_final(state, self._session.lock)
+        else:  # where this is a task, its slot has to help, which needs a thread
+            await asyncio.to_thread(self._wait, [state], None, f"the result of {key!r}")
+        return await asyncio.to_thread(self._value, state, key)
 
     def _decoded_error(self, state: KeyState, key: Key) -> tuple[BaseException, TracebackType | None]:
         if not state.error:
@@ -520,25 +589,30 @@ class Client:
             MissingKeyError: there is no such task.
         """
         if isinstance(key, Future):
+            if key.client is not None:
+                key.client.session.flush()
             key = key.key
         future = Future(key, self)
         if future.status == CANCELLED:
-            raise MissingKeyError(key, "Client.future")
+            raise MissingKeyError(key)
         return future
 
     def hold_future(self, future: Future) -> None:
         """Bind an unbound future to this client."""
         text = text_of(future.key)
         session = self._session
-        with session.lock:
+        with session.order:
+            session.check_open()
             epoch = session.next_epoch()
             state, new = session.refer(text, epoch)
-        future.attach(self, state)
-        if new:
+            future.attach(self, state)
+            if not new:
+                return
             try:
                 unknown = session.hold([text], epoch)
-            except BaseException as error:
-                session.forget([state], str(error))
+            except BaseException:
+                session.forget([state], "its call failed")
+                session.releases.owe([text])
                 raise
             if unknown:
                 session.forget(
@@ -552,13 +626,13 @@ class Client:
 
     def release_later(self, state: KeyState) -> None:
         """Count one future of a key less; safe to call from a finalizer."""
-        self._session.release_later(state)
+        self._session.releases.later(state)
 
     def cancel(self, futures: Any, *, force: bool = False, reason: str = "") -> None:
         """Cancel tasks, and those that depend on them, as far as no other client holds them.
 
-        Work that has not started does not start; the result of a running task is discarded. The futures here are
-        cancelled when this returns. Submitting again runs anew.
+        Work that has not started does not start; the result of a running task is discarded. The futures here
+        are cancelled when this returns. Submitting again runs anew.
 
         Args:
             futures: a future, a collection, or containers of them.
@@ -604,13 +678,22 @@ class Client:
         return self._session.closed
 
     def info(self) -> dict[str, Any]:
-        """Describe the cluster: Redis, nodes, queues, tasks by state, bytes, clients; see `namespace_status`."""
+        """Describe the cluster: Redis, nodes, queues, tasks by state, bytes, clients.
+
+        See `celery_mem.state.inspect.namespace_status` for the shape.
+        """
         from celery_mem.state.inspect import namespace_status
 
+        self._session.check_open()
+        self._session.flush()
         return namespace_status(self._session.store)
 
     def who_has(self, futures: Any = None) -> dict[Key, list[str]]:
-        """Return where the results of futures are: a list of places for each key, empty while there is none."""
+        """Return where results are: for each key a list of places, empty while there is none.
+
+        Args:
+            futures: futures, collections or keys; None means all that this client holds.
+        """
         texts = self._texts(futures)
         states = self._session.task_fields(texts, "state")
         return {
@@ -619,7 +702,12 @@ class Client:
         }
 
     def nbytes(self, keys: Any = None, summary: bool = True) -> dict[Any, int]:
-        """Return the stored size of results in bytes, per key, or per key prefix where `summary` is asked for."""
+        """Return the stored size of results, bytes.
+
+        Args:
+            keys: futures, collections or keys; None means all that this client holds.
+            summary: add up what has the same prefix, such as the name of the function.
+        """
         from dask.utils import key_split
 
         texts = self._texts(keys)
@@ -656,12 +744,11 @@ class Client:
         if futures is None:
             with self._session.lock:
                 return list(self._session.states)
-        if isinstance(futures, (str, tuple, int)) and not isinstance(futures, Future):
-            return [text_of(futures)]
-        found = lowering.futures_of(futures)
-        if not found and isinstance(futures, (list, set)):
-            return [text_of(k) for k in futures]
-        return list(dict.fromkeys(text_of(f.key) for f in found))
+        if found := lowering.futures_of(futures):
+            return list(dict.fromkeys(text_of(f.key) for f in found))
+        if isinstance(futures, (list, set)):
+            return [text_of(key) for key in futures]
+        return [text_of(futures)]
 
     def _send_tickets(self, tickets: Tickets) -> None:
         if not tickets.ids:
@@ -678,11 +765,14 @@ class Client:
         return _Current(self)
 
     def close(self) -> None:
-        """Release all futures and disconnect; a cluster that this client started ends too. Harmless when repeated."""
+        """Release all futures and disconnect; a cluster that this client started ends too.
+
+        Whoever waits for a future gets a FutureCancelledError. Harmless when repeated.
+        """
         current.remove(self)
+        self._finalizer()
         if self._callbacks is not None:
             self._callbacks.put(None)
-        self._finalizer()
 
     def __enter__(self) -> Self:
         self._token = current._context.set(self)
@@ -742,13 +832,22 @@ def _close_parts(session: Session, cluster: LocalCluster | None) -> None:
         cluster.close()
 
 
+def _load_settings(app: Celery | None, **overrides: Any) -> Settings:
+    """Collect the settings; those that were given when celery-mem was installed in `app` count too."""
+    if app is None or not hasattr(app, "mem_settings"):
+        return Settings.load(app, **overrides)
+    settings: Settings = app.mem_settings()
+    return settings.replace(**{name: value for name, value in overrides.items() if value is not None})
+
+
 def _refuse(kwargs: Mapping[str, Any], method: str) -> None:
     if kwargs:
         raise TypeError(f"{method}() got unexpected arguments: {', '.join(kwargs)}")
 
 
 def _has_collections(x: Any) -> bool:
-    return isinstance(x, (list, tuple, set, dict)) and bool(lowering.unpack([x])[0])
+    is_container = isinstance(x, (list, tuple, set, dict)) or dataclasses.is_dataclass(x)
+    return is_container and bool(lowering.unpack([x])[0])
 
 
 def _run_callbacks(calls: queue.SimpleQueue[tuple[Callable[[Future], Any], Future] | None]) -> None:
@@ -757,7 +856,8 @@ def _run_callbacks(calls: queue.SimpleQueue[tuple[Callable[[Future], Any], Futur
         try:
             fn(future)
         except Exception:
-            log.exception("a callback of %r failed", future)
+            log.exception("a callback of %r failed", future.key)
+        del item, fn, future  # while it waits for the next one, it must not hold this one
 
 
 def _collect(x: Any, into: dict[int, Future]) -> None:
@@ -781,5 +881,5 @@ def _arrange(x: Any, results: Mapping[int, Any]) -> Any:
         items: Iterable[Any] = (
             _arrange(v, results) for v in x if not (isinstance(v, Future) and id(v) not in results)
         )
-        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)  # type: ignore[call-arg]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x

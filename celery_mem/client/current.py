@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import dask.config
 
+from celery_mem.graph import inside
 from celery_mem.graph.collections import TASK_SHUFFLES
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _context: ContextVar[Client | None] = ContextVar("celery_mem_client", default=None)
 _lock = threading.Lock()
 _defaults: list[Client] = []
-_in_worker: Callable[[], Client] | None = None
-_before: dict[str, Any] | None = None
+_before: dict[str, Any] = {}
+_told: dict[str, Any] = {}
+_of_worker: Client | None = None
 
 
 def set_default(client: Client) -> None:
@@ -40,30 +41,45 @@ def remove(client: Client) -> None:
 
 
 def _tell_dask() -> None:
-    """Make the newest default client Dask's scheduler; without any, restore what was set before the first."""
-    global _before
+    """Make the newest default client Dask's scheduler; without any, restore what was set before the first.
+
+    What somebody else has set meanwhile stays.
+    """
+    global _told
+    _defaults[:] = [c for c in _defaults if not c.closed]  # those of a parent process are closed here
     if _defaults:
-        if _before is None:
-            _before = {name: dask.config.get(name, None) for name in ("scheduler", *TASK_SHUFFLES)}
-        dask.config.set({"scheduler": _defaults[-1].get, **TASK_SHUFFLES})
-    elif _before is not None:
-        dask.config.set(_before)
-        _before = None
-
-
-def set_worker_factory(factory: Callable[[], Client]) -> None:
-    """Say how a task's process gets its client, made when the first task asks."""
-    global _in_worker
-    _in_worker = factory
+        if not _told:
+            _before.update({name: dask.config.get(name, None) for name in ("scheduler", *TASK_SHUFFLES)})
+        _told = {"scheduler": _defaults[-1].get, **TASK_SHUFFLES}
+        dask.config.set(_told)
+    else:
+        mine = [name for name, value in _told.items() if dask.config.get(name, None) == value]
+        dask.config.set({name: _before[name] for name in mine})
+        _told = {}
 
 
 def find_client() -> Client | None:
-    """Return the client of this context, else the default one, else the worker's own; None if there is none."""
+    """Return the client of this context, else the default, else a worker's own; None if there is none."""
     client = _context.get()
     if client is not None and not client.closed:
         return client
-    with _lock:
-        for client in reversed(_defaults):
-            if not client.closed and client.pid == os.getpid():
-                return client
-    return _in_worker() if _in_worker is not None else None
+    for client in reversed(tuple(_defaults)):
+        if not client.closed:
+            return client
+    return _find_in_worker()
+
+
+def _find_in_worker() -> Client | None:
+    """Return the client of a worker's process, made when a task first needs it; None elsewhere."""
+    global _of_worker
+    if inside.worker is None:
+        return None
+    if _of_worker is None or _of_worker.closed:
+        with _lock:
+            if _of_worker is None or _of_worker.closed:
+                from celery_mem.client.client import Client
+
+                app, node = inside.worker.app, inside.worker.node
+                _of_worker = Client(app, set_as_default=False, name=f"{node}-{os.getpid()}")
+                inside.worker.at_exit(_of_worker.close)
+    return _of_worker

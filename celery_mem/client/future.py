@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Future(TaskRef):  # a TaskRef, so that every layer of Dask sees it as a dependency
     """The result of a task, now or later; pins it for as long as this object lives.
 
-    Made by a client's methods, not by hand. Pickled, it is its key: in a task or under another client it binds to
-    the client there. Copies of one key share one state.
+    Made by a client's methods, not by hand. Pickled, it is its key: in a task or under another client it
+    binds to the client there. Copies of one key share one state.
     """
 
     __slots__ = ("__weakref__", "_client", "_state")
@@ -116,13 +116,13 @@ class Future(TaskRef):  # a TaskRef, so that every layer of Dask sees it as a de
         client, state = self._client, self._state
         if client is None or state is None:
             raise UnboundFutureError(
-                f"future {self.key!r} belongs to no client in this process (it was released, or unpickled where no "
-                "client exists); make a Client first, or call future.bind_client(client)"
+                f"future {self.key!r} belongs to no client in this process (it was released, or unpickled "
+                "where no client exists); make a Client first, or call future.bind_client(client)"
             )
         return client, state
 
     def __del__(self) -> None:
-        # May run at any moment in any thread, inside any lock: only a queue is touched (SimpleQueue is reentrant).
+        # May run at any moment in any thread, inside any lock: it only appends to a queue.
         try:
             client, state = self._client, self._state
         except AttributeError:
@@ -132,7 +132,15 @@ class Future(TaskRef):  # a TaskRef, so that every layer of Dask sees it as a de
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         note_future(text_of(self.key))
+        if self._client is not None:
+            self._client.session.flush()  # whoever unpickles it looks for the task
         return _unpickle, (self.key,)
+
+    def __copy__(self) -> Future:
+        return Future(self.key, self._client)
+
+    def __deepcopy__(self, _: Any) -> Future:
+        return Future(self.key, self._client)
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         return "Future", text_of(self.key)
@@ -144,9 +152,9 @@ class Future(TaskRef):  # a TaskRef, so that every layer of Dask sees it as a de
         return object.__hash__(self)
 
     def __await__(self) -> Generator[Any, None, Any]:
-        import asyncio
-
-        return asyncio.get_running_loop().run_in_executor(None, self.result).__await__()
+        client, state = self._bound()
+        # A generator, whose frame keeps this future: nobody else may, as in `await client.submit(f)`.
+        return (yield from client.await_result(self, state).__await__())
 
     def __str__(self) -> str:
         return repr(self)
@@ -182,7 +190,8 @@ def text_of_future(future: Future, client: Client) -> str:
         if owner.closed:
             raise ClosedClientError(f"future {future.key!r} belongs to a client that is closed")
         raise ForeignFutureError(
-            f"future {future.key!r} belongs to another client ({owner.id}); take it over with client.future(key)"
+            f"future {future.key!r} belongs to another client ({owner.id}); "
+            "take it over with client.future(future)"
         )
     if state.status == CANCELLED:
         client.raise_cancelled(state, future.key)

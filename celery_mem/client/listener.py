@@ -22,7 +22,7 @@ TRIM_BYTES = 32_768
 
 
 class Listener(threading.Thread):
-    """Reads the notices stream of one client. Nothing is lost over a reconnect: it goes on where it stopped."""
+    """Reads the notices stream of one client. A broken connection loses nothing: it goes on where it was."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(name="celery-mem-listener", daemon=True)
@@ -38,17 +38,16 @@ class Listener(threading.Thread):
         while not session.closed:
             try:
                 entries = self._read()
-            except CeleryMemError as error:
-                log.warning("notices of %s wait: %s", session.id, error)
-                time.sleep(0.2)
-                continue
-            except Exception:
-                if not session.closed:
+                if entries:
+                    session.apply([fields for _, fields in entries])
+            except Exception as error:
+                if session.closed:
+                    return
+                if isinstance(error, CeleryMemError):
+                    log.warning("notices of %s wait: %s", session.id, error)
+                else:
                     log.exception("notices of %s cannot be read", session.id)
-                    time.sleep(1.0)
-                continue
-            if entries:
-                session.apply([fields for _, fields in entries])
+                time.sleep(0.2)
 
     def _read(self) -> list[Any]:
         commands: list[tuple[Any, ...]] = []
@@ -77,18 +76,26 @@ class Listener(threading.Thread):
 
 
 def apply_notice(state: KeyState, code: int, body: bytes) -> bool:
-    """Change `state` as a notice says; returns whether it is final now."""
+    """Change `state` as a notice says; returns whether it is final now.
+
+    The status changes last: whoever reads it without the lock finds the rest in place.
+    """
     if code == ord("m"):
-        state.status, state.data = FINISHED, body
+        state.data = body
+        state.status = FINISHED
     elif code == ord("M"):
-        state.status, state.data = FINISHED, None
+        state.data = None
+        state.status = FINISHED
     elif code == ord("e"):
-        state.status, state.error = ERROR, body
+        state.error = body
+        state.status = ERROR
     elif code == ord("l"):
-        state.status, state.error = ERROR, b""
+        state.error = b""
+        state.status = ERROR
     elif code == ord("c"):
-        state.status, state.reason = CANCELLED, body.decode()
+        state.reason = body.decode() or "cancelled by another client"
+        state.status = CANCELLED
     else:
-        state.status, state.data, state.error = PENDING, None, b""
+        state.status = PENDING
         return False
     return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from celery_mem.client.states import ERROR, FINAL
+from celery_mem.client.states import ERROR
 from celery_mem.client.waiting import as_completed
 from celery_mem.graph.collections import futures_of
 
@@ -16,7 +16,8 @@ def progress(*futures: Any, description: str = "tasks", notebook: bool | None = 
     Args:
         futures: futures, persisted collections, or containers of them.
         description: label of the bar.
-        notebook: True updates the bar in the background and returns at once; default: as a notebook is detected.
+        notebook: True updates the bar in the background and returns at once; None finds out whether this is a
+            notebook.
     """
     found = list({id(f._bound()[1]): f for f in futures_of(list(futures))}.values())
     if notebook is None:
@@ -34,9 +35,7 @@ def _show(futures: list[Any], description: str) -> None:
     with Progress(*columns) as bar:
         task = bar.add_task(description, total=len(futures))
         errors = 0
-        done = [f for f in futures if f.status in FINAL]
-        bar.advance(task, len(done))
-        for batch in as_completed(f for f in futures if f not in set(done)).batches():
+        for batch in as_completed(futures).batches():
             errors += sum(f.status == ERROR for f in batch)
             bar.update(task, advance=len(batch), description=_label(description, errors))
 

@@ -4,45 +4,53 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from redis.exceptions import ResponseError
 
 from celery_mem.client.listener import Listener, apply_notice
-from celery_mem.client.states import CANCELLED, PENDING, KeyState
-from celery_mem.config import Settings
+from celery_mem.client.outbox import Outbox
+from celery_mem.client.releases import Releases
+from celery_mem.client.states import CANCELLED, ERROR, PENDING, KeyState
+from celery_mem.config import Settings, mask_url
 from celery_mem.errors import (
     CeleryMemError,
     ClosedClientError,
     NamespaceResetError,
+    RedisUnavailableError,
     StateError,
     UnknownClientError,
     raise_for_reply,
 )
+from celery_mem.graph.errors import encode_error
 from celery_mem.memory import blobs
 from celery_mem.memory.serialize import loads_inline
 from celery_mem.state.keys import TASK
-from celery_mem.state.link import Command
+from celery_mem.state.link import Command, Link, make_pool
 from celery_mem.state.store import NewData, NewTask, Store, Tickets
 
 log = logging.getLogger("celery_mem.client")
 
-RELEASE_CHUNK = 500
-RELEASE_WINDOW_S = 0.005
-"""Releases that come within this time go together: futures are mostly dropped many at once."""
+RELEASES_AT_ONCE = 5_000
+"""Releases that the keeper sends before other calls get their turn."""
+SIGN_OFF_S = 1.0
+"""Time that a closing session gives a Redis that does not answer."""
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 class Session:
     """What a client has in Redis.
 
-    Two locks. `lock` guards the table of key states and is held for moments only. `order` is held while a command
-    that takes or drops holds is sent: whether a key is still referenced is decided and sent under it, so a release
-    never overtakes a hold of the same key. `order` is taken before `lock`, never the other way round.
+    Two locks. `lock` guards the table of key states and is held for moments only. `order` is held while a
+    command that takes or drops holds is sent: whether a key is still referenced is decided and sent under it,
+    so a release never overtakes a hold of the same key. `order` is taken before `lock`, never the other way
+    round.
 
     Args:
         settings: where and how.
@@ -58,16 +66,18 @@ class Session:
         self.id = f"{name}-{secrets.token_hex(5)}"
         self.pid = os.getpid()
         self.send_tickets = send_tickets
-        self.store = Store.connect(settings.replace(retry_timeout=first_timeout))
-        self.store.link.retry_timeout = settings.retry_timeout
+        self.store = _connect(settings, first_timeout)
         self.bulk = self.store.link.twin()  # large data, so that small commands need not wait behind it
         self.known_functions: set[str] = set()
         self.lock = threading.RLock()
         self.order = threading.RLock()
         self.states: dict[str, KeyState] = {}
         self.closed = False
+        self.releases = Releases(self)
+        self.outbox = Outbox(self)
+        self._why_closed = "this client is closed; make a new one"
         self._epoch = 0
-        self._released: queue.SimpleQueue[KeyState | None] = queue.SimpleQueue()
+        _sessions.add(self)
         self.store.renew_client(self.id, join=True)
         self.listener = Listener(self)
         self.listener.start()
@@ -77,51 +87,59 @@ class Session:
     # --- holds ---
 
     def next_epoch(self) -> int:
-        """Return a new number for a call that takes holds. The caller holds `lock`."""
+        """Return a new number for a call that takes holds. The caller holds `order`."""
         self._epoch += 1
         return self._epoch
 
     def refer(self, text: str, epoch: int) -> tuple[KeyState, bool]:
-        """Count one more future of a key; returns its state and whether it is new. The caller holds `lock`."""
+        """Count one more future of a key; returns its state and whether it is new. The caller holds `order`.
+
+        A key whose last future is gone already begins anew: its release is sent first, or the call would get
+        what an earlier one under the same key made.
+        """
+        if text in self.states or self.releases.owes(text):
+            self.releases.count()
+            if self.releases.owes(text):
+                self.releases.flush()
         state = self.states.get(text)
         new = state is None
         if state is None:
-            state = self.states[text] = KeyState(text, epoch)
+            with self.lock:
+                state = self.states[text] = KeyState(text, epoch)
         state.refs += 1
         return state, new
-
-    def release_later(self, state: KeyState) -> None:
-        """Count one future less, soon; safe to call from a finalizer."""
-        self._released.put(state)
 
     def submit(
         self,
         chunks: Iterable[tuple[list[NewTask], list[tuple[str, bytes]], list[Command]]],
-        epoch: int,
         generation: int | None = None,
     ) -> int:
         """Send chunks of tasks: (tasks, functions they use, commands ahead of them); returns their rank."""
         with self.order:
+            self.outbox.flush()
             for tasks, functions, before in chunks:
                 self.check_open()
                 generation, tickets = self._guarded(
                     lambda t=tasks, f=functions, b=before, g=generation: self.store.submit(  # type: ignore[misc]
-                        self.id, epoch, t, f, generation=g, before=b
+                        self.id, 0, t, f, generation=g, before=b
                     )
                 )
                 self.send_tickets(tickets)
         return generation or 0
 
-    def put(self, data: Sequence[NewData], epoch: int, before: Sequence[Command]) -> None:
+    def put(self, data: Sequence[NewData], epoch: int) -> None:
         """Send data to be held."""
         with self.order:
             self.check_open()
-            self.send_tickets(self._guarded(lambda: self.store.put(self.id, epoch, data, before=before)))
+            self.outbox.flush()
+            self.send_tickets(self._guarded(lambda: self.store.put(self.id, epoch, data)))
 
     def hold(self, texts: Sequence[str], epoch: int) -> list[str]:
         """Hold existing keys; returns those that do not exist."""
         with self.order:
             self.check_open()
+            self.outbox.flush()
+            unknown: list[str]
             unknown, tickets = self._guarded(lambda: self.store.hold(self.id, epoch, texts))
             self.send_tickets(tickets)
         return unknown
@@ -130,6 +148,7 @@ class Session:
         """Drop holds on keys and what depends on them; their futures here are cancelled when this returns."""
         with self.order:
             self.check_open()
+            self.outbox.flush()
             dropped, tickets = self._guarded(
                 lambda: self.store.cancel(self.id, texts, force=force, reason=reason)
             )
@@ -137,7 +156,7 @@ class Session:
                 for text in {*texts, *dropped}:
                     state = self.states.pop(text, None)
                     if state is not None:
-                        state.status, state.reason = CANCELLED, reason or "cancelled by this client"
+                        state.reason, state.status = reason or "cancelled by this client", CANCELLED
                         self._finish(state)
         self.send_tickets(tickets)
 
@@ -145,34 +164,71 @@ class Session:
         """Run failed tasks again; their futures here are pending when this returns."""
         with self.order:
             self.check_open()
+            epoch = self.next_epoch()
             with self.lock:
-                states = [s for t in texts if (s := self.states.get(t)) is not None and s.status == "error"]
+                states = [s for text in texts if (s := self.states.get(text)) is not None]
+                failed = [s for s in states if s.status == ERROR]
                 for state in states:
-                    state.status, state.error = PENDING, b""
-            tickets = self._guarded(lambda: self.store.retry([s.text for s in states]))
-        self.send_tickets(tickets)
+                    # The error may be under way to this client still: notices so far do not count any more.
+                    state.epoch = epoch
+                for state in failed:
+                    state.status = PENDING
+            try:
+                self.send_tickets(self._guarded(lambda: self.store.retry(texts)))
+                self.hold([s.text for s in states], epoch)
+            except BaseException:
+                with self.lock:
+                    for state in failed:
+                        if state.status == PENDING:
+                            state.status = ERROR
+                            self._finish(state)
+                raise
 
-    def drop_loans(self, texts: Sequence[str]) -> None:
-        """Drop holds that were taken only while a large graph was being sent."""
-        with self.order, self.lock:
-            mine = [t for t in texts if t not in self.states]
-        for i in range(0, len(mine), RELEASE_CHUNK):
+    def flush_releases(self) -> None:
+        """Release now what has no futures any more."""
+        with self.order:
+            if not self.closed:
+                self.releases.flush()
+
+    def flush(self) -> None:
+        """Send what was submitted and still waits for company."""
+        if not self.outbox.is_empty:
             with self.order:
-                self.send_tickets(self.store.release(self.id, mine[i : i + RELEASE_CHUNK]))
+                if not self.closed:
+                    self.outbox.flush()
+
+    def release(self, texts: Sequence[str]) -> None:
+        """Drop holds. The caller holds `order` and knows that no future needs them."""
+        self.outbox.flush()
+        self.send_tickets(self._guarded(lambda: self.store.release(self.id, texts)))
 
     def forget(self, states: Iterable[KeyState], reason: str) -> None:
-        """Give up states whose call failed."""
+        """Give up states whose call failed, or whose keys are gone; their futures are cancelled."""
         with self.lock:
             for state in states:
                 if self.states.get(state.text) is state:
                     del self.states[state.text]
-                state.status, state.reason = CANCELLED, reason
+                state.reason, state.status = reason, CANCELLED
                 self._finish(state)
+
+    def fail(self, states: Iterable[KeyState], error: BaseException) -> None:
+        """Give up states whose tasks could not be sent; their futures raise `error`."""
+        data = encode_error(error)
+        with self.lock:
+            for state in states:
+                if state.status != PENDING:
+                    continue
+                if self.states.get(state.text) is state:
+                    del self.states[state.text]
+                state.error, state.status = data, ERROR
+                self._finish(state)
+        self.releases.owe([s.text for s in states])  # a part may have arrived
 
     # --- reads and large data ---
 
     def write(self, commands: Sequence[Command]) -> None:
         """Write a blob. Raises StoreFullError if Redis has no room."""
+        self.check_open()
         try:
             blobs.write(self.bulk, commands)
         except ResponseError as error:
@@ -180,6 +236,7 @@ class Session:
 
     def fetch(self, text: str, what: str) -> tuple[bool, Any]:
         """Read a result that no notice brought; returns whether it is there, and the object."""
+        self.check_open()
         value, token = self.bulk.call("HMGET", self.store.keys.of("task", text), TASK["value"], TASK["blob"])
         if value is not None:
             return True, loads_inline(value, what)
@@ -190,6 +247,7 @@ class Session:
 
     def task_fields(self, texts: Sequence[str], *names: str) -> list[list[bytes | None]]:
         """Read fields of task records."""
+        self.check_open()
         fields = [TASK[name] for name in names]
         return (
             self.bulk.batch([("HMGET", self.store.keys.of("task", t), *fields) for t in texts])
@@ -199,6 +257,7 @@ class Session:
 
     def processing(self) -> dict[str, list[str]]:
         """Read what each node is running."""
+        self.check_open()
         keys = self.store.keys
         out: dict[str, list[str]] = {}
         for node in self.bulk.call("ZRANGE", keys.fixed("nodes"), 0, -1):
@@ -211,6 +270,7 @@ class Session:
 
     def count_nodes(self) -> int:
         """Count the nodes that have joined."""
+        self.check_open()
         n: int = self.bulk.call("ZCARD", self.store.keys.fixed("nodes"))
         return n
 
@@ -234,7 +294,10 @@ class Session:
     def _finish(self, state: KeyState) -> None:
         watchers, state.watchers = state.watchers, None
         for watcher in watchers or ():
-            watcher(state)
+            try:
+                watcher(state)
+            except Exception:  # an event loop that is closed, say; others wait for the same key
+                log.exception("could not tell that %s is %s", state.text, state.status)
 
     # --- lease, releases, end ---
 
@@ -243,42 +306,29 @@ class Session:
         pause = self.settings.client_lease / 4
         due = time.monotonic() + pause
         while not self.closed:
+            self.releases.wait(max(0.0, due - time.monotonic()))
             try:
-                state = self._released.get(timeout=max(0.0, due - time.monotonic()))
-            except queue.Empty:
-                state = None
-            try:
-                if state is not None:
-                    self._release([state])
+                # A large submission may hold `order` for longer than the lease.
+                if self.order.acquire(timeout=max(0.0, due - time.monotonic())):
+                    try:
+                        if not self.closed:
+                            self.outbox.flush()
+                            self.releases.flush(RELEASES_AT_ONCE)
+                    finally:
+                        self.order.release()
+                else:
+                    self.releases.ring()
                 if time.monotonic() >= due and not self.closed:
                     due = time.monotonic() + pause
                     self._guarded(lambda: self.store.renew_client(self.id))
-            except (CeleryMemError, OSError) as error:
-                if not self.closed:
+            except Exception as error:  # without this thread nothing would be released any more
+                if self.closed:
+                    return
+                if isinstance(error, CeleryMemError):
                     log.warning("client %s: %s", self.id, error)
-
-    def _release(self, dropped: list[KeyState]) -> None:
-        """Send the release of `dropped` and of whatever else is queued, unless somebody refers to it again."""
-        time.sleep(RELEASE_WINDOW_S)
-        while len(dropped) < 10 * RELEASE_CHUNK:
-            try:
-                state = self._released.get_nowait()
-            except queue.Empty:
-                break
-            if state is not None:
-                dropped.append(state)
-        with self.order:
-            with self.lock:
-                gone = []
-                for state in dropped:
-                    state.refs -= 1
-                    if state.refs == 0 and self.states.get(state.text) is state:
-                        del self.states[state.text]
-                        gone.append(state.text)
-            for i in range(0, len(gone), RELEASE_CHUNK):
-                self.send_tickets(
-                    self._guarded(lambda i=i: self.store.release(self.id, gone[i : i + RELEASE_CHUNK]))  # type: ignore[misc]
-                )
+                else:
+                    log.exception("client %s could not release or renew", self.id)
+                time.sleep(0.2)
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """Run a script; if it says that this session's state is gone, tell all futures before raising."""
@@ -287,47 +337,106 @@ class Session:
         except (UnknownClientError, NamespaceResetError) as error:
             self._state_lost(error)
             raise
+        except RedisUnavailableError:
+            self.check_open()  # closing ends what other threads wait for
+            raise
 
     def _state_lost(self, error: StateError) -> None:
-        with self.lock:
-            lost = list(self.states.values())
-        self.forget(lost, str(error))
-        if isinstance(error, NamespaceResetError):
-            self.store.generation = Store.connect(self.settings, self.store.link).generation
-        self.store.renew_client(self.id, join=True)
+        with self.order:
+            if self.closed:
+                return
+            try:
+                self.store.renew_client(self.id)
+                return  # another thread was here first
+            except NamespaceResetError:
+                self.store.generation = Store.connect(self.settings, self.store.link).generation
+                reason = "Redis was emptied or replaced: the graph this client knew is gone"
+            except UnknownClientError:
+                lease_s = self.settings.client_lease
+                reason = f"the lease of this client ran out: Redis did not hear of it for {lease_s:g} s"
+            with self.lock:
+                lost = list(self.states.values())
+                self.releases.forget()
+            self.forget(lost, reason)
+            self.store.renew_client(self.id, join=True)
 
     def check_open(self) -> None:
-        """Raise ClosedClientError if the session is closed, or belongs to the process that forked this one."""
+        """Raise ClosedClientError if the session is closed, or another process's that forked this one."""
         if self.closed:
-            raise ClosedClientError("this client is closed; make a new one")
-        if self.pid != os.getpid():
-            raise ClosedClientError(
-                "this client belongs to the parent process; make a new one in this process"
-            )
+            raise ClosedClientError(self._why_closed)
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: be closed, without a word to Redis, where everything belongs to the parent.
+
+        The locks are replaced, for other threads may have held them at the moment of the fork.
+        """
+        self.lock, self.order = threading.RLock(), threading.RLock()
+        self.closed = True
+        self.outbox.forget()
+        self._why_closed = "this client belongs to the parent process; make a new one in this process"
+        for state in self.states.values():
+            state.reason, state.status, state.watchers = self._why_closed, CANCELLED, None
+        self.states = {}
 
     def close(self) -> None:
         """Release everything and end; harmless when repeated."""
-        with self.order:
-            if self.closed or self.pid != os.getpid():
-                self.closed = True
+        with self.lock:
+            if self.closed:
                 return
             self.closed = True
-        self._released.put(None)
-        with self.lock:
             states = list(self.states.values())
         self.forget(states, "its client was closed")
-        self.listener.stop()
+        self.releases.ring()
+        self._sign_off()
+        for link in (self.store.link, self.bulk):
+            link.abort()
+        deadline = time.monotonic() + 5.0
+        for thread in (self.listener, self._keeper):
+            while (
+                thread.is_alive() and thread is not threading.current_thread() and time.monotonic() < deadline
+            ):
+                self.listener.stop()  # again: it may have been about to connect
+                thread.join(timeout=0.05)
+        for link in (self.listener.link, self.store.link, self.bulk):
+            link.close()
+
+    def _sign_off(self) -> None:
+        last = self.store.twin()  # the others may be busy, or waiting for a Redis that is gone
+        last.link.retry_timeout = SIGN_OFF_S
         try:
             left = 1
             while left:
-                left, tickets = self.store.expire_client(self.id)
+                left, tickets = last.expire_client(self.id)
                 self.send_tickets(tickets)
         except (CeleryMemError, OSError) as error:
-            log.warning("client %s could not sign off, its lease will: %s", self.id, error)
-        current = threading.current_thread()
-        for thread in (self.listener, self._keeper):
-            if thread is not current:
-                thread.join(timeout=5.0)
-        self.listener.link.close()
-        self.store.link.close()
-        self.bulk.close()
+            log.info("client %s could not sign off, its lease will: %s", self.id, error)
+        finally:
+            last.link.close()
+
+
+def _connect(settings: Settings, timeout: float) -> Store:
+    """Return a store once Redis answered, within `timeout` seconds; its link is more patient from then on.
+
+    Raises:
+        RedisUnavailableError: it did not.
+    """
+    pool = make_pool(
+        settings.url,
+        connect_timeout=min(timeout, settings.connect_timeout),
+        socket_timeout=timeout,  # something else may listen there, and never answer
+    )
+    first = Link(pool, retry_timeout=timeout, address=mask_url(settings.url))
+    try:
+        store = Store.connect(settings, first)
+    finally:
+        first.close()
+    store.link = Link.connect(settings)
+    return store
+
+
+def _leave_all_to_parent() -> None:
+    for session in list(_sessions):
+        session.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=_leave_all_to_parent)

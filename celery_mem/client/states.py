@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +17,8 @@ class KeyState:
 
     Attributes:
         text: key text.
-        epoch: the client's number for the call that took the hold; notices with another one are of an earlier hold.
+        epoch: the client's number for the call that took the hold; notices with another one belong to an
+            earlier hold.
         refs: live futures. Invariant: the key leaves the client's table when this reaches 0.
         status: pending, finished, error, cancelled or lost.
         data: the inline result, if the notice brought it.
@@ -38,18 +40,29 @@ class KeyState:
 
 
 class Countdown:
-    """Waits until a number of keys is final. Call it with the client's lock held."""
+    """Waits until a number of keys is final. Call it with the client's lock held.
 
-    __slots__ = ("_event", "left")
+    Args:
+        left: the number.
+        until_failure: also end with the first key that failed or was cancelled.
+    """
 
-    def __init__(self, left: int) -> None:
+    __slots__ = ("_event", "_until_failure", "left")
+
+    def __init__(self, left: int, *, until_failure: bool = False) -> None:
         self.left = left
+        self._until_failure = until_failure
         self._event = threading.Event()
 
     def __call__(self, state: KeyState) -> None:
         self.left -= 1
-        if self.left <= 0:
+        if self.left <= 0 or (self._until_failure and state.status != FINISHED):
             self._event.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it counted them all."""
+        return self.left <= 0
 
     def wait(self, timeout: float | None) -> bool:
         """Return whether the count reached 0 in time."""
@@ -70,6 +83,28 @@ def unwatch(states: Iterable[KeyState], watcher: Callable[[KeyState], Any]) -> N
     for state in states:
         if state.watchers and watcher in state.watchers:
             state.watchers.remove(watcher)
+
+
+async def until_final(state: KeyState, lock: threading.RLock) -> None:
+    """Wait in an event loop until a key is final.
+
+    Args:
+        lock: the client's lock.
+    """
+    loop, event = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake(_: KeyState) -> None:
+        loop.call_soon_threadsafe(event.set)
+
+    with lock:
+        if state.status in FINAL:
+            return
+        watch([state], wake)
+    try:
+        await event.wait()
+    finally:
+        with lock:
+            unwatch([state], wake)
 
 
 def seconds_left(deadline: float | None) -> float | None:

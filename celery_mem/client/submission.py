@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from celery_mem.client.future import Future, text_of_future
+from celery_mem.client.outbox import SMALL_CALL, SMALL_CODE, Parcel, as_missing_key
 from celery_mem.client.states import KeyState
 from celery_mem.errors import MissingKeyError, UnknownDependencyError, UnknownFunctionError
 from celery_mem.graph import collections as lowering
-from celery_mem.graph.calls import Function, Payload, encode_function, encode_node
-from celery_mem.graph.keys import Key, key_of, text_of
+from celery_mem.graph import inside
+from celery_mem.graph.calls import Function, Payload, call, encode_call, encode_function, encode_node
+from celery_mem.graph.keys import Key, text_of
 from celery_mem.graph.nodes import is_node
 from celery_mem.memory.serialize import Frames
 from celery_mem.state.store import NewTask
@@ -46,22 +50,41 @@ class Submission:
         self.states: dict[str, KeyState] = {}
         self._new: list[KeyState] = []
         self._session = client.session
+        self._inherited = inside.inherited_priority()
         self._priority = priority
         self._retries = retries
         self._annotations = annotations or {}
         self._tasks: list[NewTask] = []
         self._functions: dict[str, Function] = {}
+        self._encoded: dict[
+            int, tuple[Function, Any]
+        ] = {}  # by id; with the object, so that it stays that id
+        self._blobs: list[str] = []
+        self._blobs_due = 0.0
         self._loans: list[str] = []
         self._epoch = 0
 
     def refer(self, text: str) -> tuple[KeyState, bool]:
         """Count a future of `text`; returns its state and whether this call must submit it."""
-        with self._session.lock:
-            state, new = self._session.refer(text, self._epoch)
+        state, new = self._session.refer(text, self._epoch)
         self.states[text] = state
         if new:
             self._new.append(state)
         return state, new
+
+    def add_call(
+        self,
+        text: str,
+        func: Callable[..., Any],
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Add the task `func(*args, **kwargs)`; `function` is `func` encoded."""
+        if function.contains:
+            args, function = (func, *args), encode_function(call)
+        payload = encode_call(args, kwargs, Future, lambda f: text_of_future(f, self.client))
+        self.add(text, function, payload)
 
     def add(
         self, text: str, function: Function, payload: Payload, *, hold: bool = True, key: Key | None = None
@@ -70,8 +93,7 @@ class Submission:
         self._functions[function.hash] = function
         data, blob = payload.data, ""
         if len(data) > LARGE_PAYLOAD:
-            blob = self.client.next_blob_token()
-            self.client.write_blob(blob, text, Frames(*_as_frames(data)))
+            blob = self._write_blob(text, data)
             data = b""
         priority, retries = self._priority, self._retries
         if self._annotations and key is not None:
@@ -79,7 +101,18 @@ class Submission:
             retries = self._annotations.get("retries", {}).get(key, retries)
         order = min(len(self._tasks), LAST_ORDER)
         self._tasks.append(
-            NewTask(text, function.hash, data, blob, payload.deps, priority, order, retries, hold)
+            NewTask(
+                text,
+                function.hash,
+                data,
+                blob,
+                payload.deps,
+                priority + self._inherited,
+                order,
+                retries,
+                hold,
+                self._epoch,
+            )
         )
 
     def add_graph(self, lowered: lowering.Lowered, outputs: Sequence[Key]) -> list[str]:
@@ -100,22 +133,43 @@ class Submission:
                 dep_text = texts.get(dep)
                 deps.append(text_of(dep) if dep_text is None else dep_text)
             func, args, kwargs = lowering.call_of(node)
+            function = self._encode_once(func)
+            if function.contains:
+                args, function = (func, *args), encode_function(call)
             payload = encode_node(args, kwargs, deps, lowering.TaskRef, is_node, text_of)
-            self.add(text, encode_function(func), payload, hold=text in held and new[text], key=key)
+            self.add(text, function, payload, hold=text in held and new[text], key=key)
         return out
+
+    def _encode_once(self, func: Callable[..., Any]) -> Function:
+        """Pickle a function once in this call: many nodes of a graph share one object."""
+        known = self._encoded.get(id(func))
+        if known is None:
+            known = self._encoded[id(func)] = encode_function(func), func
+        return known[0]
+
+    def _write_blob(self, text: str, data: bytes) -> str:
+        """Store a large payload; those before it must not vanish while many are being written."""
+        lease_s = self.client.settings.blob_lease
+        token = self.client.next_blob_token()
+        name = self.client.write_blob(token, text, Frames(*_as_frames(data)))
+        if not self._blobs:
+            self._blobs_due = time.monotonic() + lease_s / 4
+        elif time.monotonic() > self._blobs_due:
+            self._session.write([("PEXPIRE", blob, int(lease_s * 1000)) for blob in self._blobs])
+            self._blobs_due = time.monotonic() + lease_s / 4
+        self._blobs.append(name)
+        return token
 
     def _take_external(
         self, lowered: lowering.Lowered, held: Mapping[str, Key], new: Mapping[str, bool]
     ) -> None:
-        """Keys outside the graph must be held by this client already, or their futures say where they are."""
+        """Hold outputs that are not in the graph; a future of another client is refused."""
         for key in lowered.external:
             text = text_of(key)
             future = lowered.futures.get(key)
             if future is not None and future.client is not None:
                 self.client._text_of(future)
-            with self._session.lock:
-                known = text in self._session.states and not new.get(text, False)
-            if known:
+            if text in self._session.states and not new.get(text, False):
                 continue
             if text in held:
                 unknown = self._session.hold([text], self._epoch)
@@ -127,37 +181,40 @@ class Submission:
         self._session.order.acquire()
         try:
             self._session.check_open()
-            with self._session.lock:
-                self._epoch = self._session.next_epoch()
+            self._epoch = self._session.next_epoch()
         except BaseException:
             self._session.order.release()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        sent = False
         try:
-            if error is None:
+            if kind is None:
                 self._send()
-        except BaseException as failure:
-            error = failure
-            raise
+                sent = True
         finally:
-            if error is not None:
-                self._session.forget(self._new, str(error))
+            if not sent:
+                self._session.forget(self._new, "its call failed")
+                # A part may have arrived.
+                self._session.releases.owe([*(s.text for s in self._new), *self._loans])
             self._session.order.release()
 
     def _send(self) -> None:
-        if not self._tasks:
+        tasks = self._tasks
+        if not tasks:
+            return
+        if len(tasks) <= SMALL_CALL and not self._blobs and sum(len(t.payload) for t in tasks) < CHUNK_BYTES:
+            self._session.outbox.add(Parcel(tasks, self._new), self._functions)
             return
         try:
-            self._session.submit(self._chunks(codes=False), self._epoch)
-        except UnknownFunctionError:
-            self._session.submit(self._chunks(codes=True), self._epoch)
+            try:
+                self._session.submit(self._chunks(codes=False))
+            except UnknownFunctionError:
+                self._session.submit(self._chunks(codes=True))
         except UnknownDependencyError as error:
-            dep, _, task = error.detail.partition(" of ")
-            raise MissingKeyError(key_of(dep), key_of(task)) from error
-        if self._loans:
-            self._session.drop_loans(self._loans)
+            raise as_missing_key(error) from error
+        self._session.releases.owe(self._loans)
         self._session.known_functions.update(self._functions)
 
     def _chunks(self, *, codes: bool) -> Iterator[Chunk]:
@@ -173,7 +230,8 @@ class Submission:
             for name in dict.fromkeys(t.function for t in chunk):
                 function = self._functions[name]
                 known = not codes and (name in sent or name in self._session.known_functions)
-                functions.append((name, b"" if known else function.code))
+                is_asked_for = known and len(function.code) > SMALL_CODE
+                functions.append((name, b"" if is_asked_for else function.code))
                 sent.add(name)
             yield chunk, functions, []
 

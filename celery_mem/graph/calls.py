@@ -1,7 +1,7 @@
 """A call as it travels: the function once, by hash; the arguments per task, with places for inputs.
 
-A future directly in the arguments or in built-in containers there becomes a place that the worker fills with the
-value. One anywhere else is found while pickling; it too is a dependency, and arrives as a future.
+A future directly in the arguments or in built-in containers there becomes a place that the worker fills with
+the value. One anywhere else is found while pickling; it too is a dependency, and arrives as a future.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import marshal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
-from celery_mem.errors import DeserializationError, VersionMismatchError
+import cloudpickle
+
+from celery_mem.errors import DeserializationError, SerializationError, VersionMismatchError
 from celery_mem.memory.serialize import dumps, loads_inline
 
 CALL = b"c"
@@ -27,11 +31,12 @@ _SIMPLE = frozenset({int, float, str, bytes, bool, type(None), complex})
 
 
 class Function(NamedTuple):
-    """A pickled function: its hash, the bytes, and a name for people."""
+    """A pickled function: its hash, the bytes, a name for people, and key texts of the futures inside it."""
 
     hash: str
     code: bytes
     name: str
+    contains: tuple[str, ...] = ()
 
 
 class Payload(NamedTuple):
@@ -74,33 +79,82 @@ def name_of(func: Callable[..., Any]) -> str:
     return name if name[:1].isalpha() or name[:1] == "_" else f"f_{name}"
 
 
-_functions: weakref.WeakKeyDictionary[Any, Function] = weakref.WeakKeyDictionary()
+_functions: weakref.WeakKeyDictionary[Any, tuple[Function, list[Any]]] = weakref.WeakKeyDictionary()
+
+MAX_CODE = 256 << 20
 
 
 def encode_function(func: Callable[..., Any]) -> Function:
-    """Pickle a function, once per function object.
+    """Pickle a function; a second time only if what it refers to may have changed meanwhile.
 
     Raises:
-        SerializationError: it cannot be pickled.
+        SerializationError: it cannot be pickled, or carries too much data with it.
     """
-    try:
-        known = _functions.get(func)
-    except TypeError:  # not hashable, or nothing that weak references can point to
+    refers_to = _refers_to(func)
+    if refers_to is None:
         return _encode_function(func)
-    if known is None:
-        known = _encode_function(func)
-        try:
-            _functions[func] = known
-        except TypeError:
-            pass
-    return known
+    known = _functions.get(func)
+    if known is None or not _are_same(known[1], refers_to):
+        known = _functions[func] = _encode_function(func), refers_to
+    return known[0]
 
 
 def _encode_function(func: Callable[..., Any]) -> Function:
     name = name_of(func)
-    body = dumps(func, f"function {name}").inline()
+    frames = dumps(func, f"function {name}")
+    body = frames.inline()
+    if len(body) > MAX_CODE:
+        raise SerializationError(
+            f"function {name} carries {len(body)} bytes of data with it; pass the data as an argument"
+        )
     code = json.dumps(_versions()).encode() + b"\n" + body
-    return Function(hashlib.blake2b(code, digest_size=16).hexdigest(), code, name)
+    return Function(hashlib.blake2b(code, digest_size=16).hexdigest(), code, name, frames.contains)
+
+
+def _refers_to(func: Callable[..., Any]) -> list[Any] | None:
+    """Return the objects that the pickled form of `func` depends on; None: it may depend on others too.
+
+    Nothing for what is imported by its name. For another function its code, and the values of its defaults,
+    its closure and the globals that it names, as long as these are modules or cannot change.
+    """
+    if not isinstance(func, (FunctionType, BuiltinFunctionType, type)):
+        return None
+    if _is_importable(func):
+        return []
+    if not isinstance(func, FunctionType) or func.__dict__ or func.__kwdefaults__:
+        return None
+    values: list[Any] = list(func.__defaults__ or ())
+    try:
+        values += [cell.cell_contents for cell in func.__closure__ or ()]
+    except ValueError:  # a name that is not bound yet
+        return None
+    names = func.__globals__
+    values += [names[name] for name in _names_in(func.__code__) if name in names]
+    for value in values:
+        if type(value) not in _SIMPLE and not isinstance(value, ModuleType) and value is not func:
+            return None
+    return [func.__code__, *values]
+
+
+def _is_importable(func: Any) -> bool:
+    module = sys.modules.get(func.__module__ or "")
+    if module is None or module.__name__ == "__main__" or cloudpickle.list_registry_pickle_by_value():
+        return False
+    found: Any = module
+    for name in func.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is func
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+def _are_same(some: list[Any], others: list[Any]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 @functools.cache
@@ -140,6 +194,14 @@ def _dotted(version: Any) -> str:
     return ".".join(map(str, version)) if isinstance(version, list) else str(version)
 
 
+def call(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `func`: submitted in place of a function that has futures inside, with that as an argument.
+
+    Workers keep functions; the futures inside would be held as long as they.
+    """
+    return func(*args, **kwargs)
+
+
 def encode_call(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -176,16 +238,16 @@ def _mark(
     if isinstance(value, future_type):
         text = text_of_future(value)
         return places.setdefault(text, Place(len(places)))
-    if kind is list or kind is tuple or kind is set:
+    if kind in (list, tuple, set, frozenset):
         if all(type(v) in _SIMPLE for v in value):
             return value
         parts = [_mark(v, places, future_type, text_of_future) for v in value]
         if all(a is b for a, b in zip(parts, value, strict=True)):
             return value
-        return _Set(parts) if kind is set else kind(parts)
-    if kind is dict:
+        return _Set(kind, parts) if kind in (set, frozenset) else kind(parts)
+    if kind in (dict, OrderedDict):
         items = {k: _mark(v, places, future_type, text_of_future) for k, v in value.items()}
-        return value if all(items[k] is value[k] for k in items) else items
+        return value if all(items[k] is value[k] for k in items) else kind(items)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return kind(*(_mark(v, places, future_type, text_of_future) for v in value))
     return value
@@ -194,11 +256,12 @@ def _mark(
 class _Set:
     """A set with places in it: made a set only once they are filled, as their values are what is hashed."""
 
-    def __init__(self, parts: list[Any]) -> None:
+    def __init__(self, kind: Callable[[list[Any]], Any], parts: list[Any]) -> None:
+        self.kind = kind
         self.parts = parts
 
-    def __reduce__(self) -> tuple[type[set[Any]], tuple[list[Any]]]:
-        return set, (self.parts,)
+    def __reduce__(self) -> tuple[Callable[[list[Any]], Any], tuple[list[Any]]]:
+        return self.kind, (self.parts,)
 
 
 def encode_node(
@@ -264,16 +327,17 @@ def decode_call(
 def token_of(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], text_of_future: Any) -> str:
     """Return a token that is equal for equal calls: 32 hex digits.
 
-    Simple arguments are hashed as they are; others are given to Dask's tokenize, which costs ten times as much.
+    Simple arguments are hashed as they are; others are given to Dask's tokenize, which costs ten times more.
     """
     simple = _simplified(args, text_of_future)
-    if simple is not None and kwargs:
+    if kwargs:
+        kwargs = dict(sorted(kwargs.items()))
         named = _simplified(tuple(kwargs.values()), text_of_future)
-        simple = None if named is None else (simple, tuple(kwargs), named)
+        simple = None if simple is None or named is None else (simple, tuple(kwargs), named)
     if simple is None:
         from dask.tokenize import tokenize
 
-        token: str = tokenize(func.hash, args, sorted(kwargs.items()))
+        token: str = tokenize(func.hash, args, list(kwargs.items()))
         return token
     # Version 2 writes no back references, so equal values give equal bytes whoever else holds them.
     return hashlib.blake2b(marshal.dumps((func.hash, simple), 2), digest_size=16).hexdigest()

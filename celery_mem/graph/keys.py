@@ -1,13 +1,14 @@
 """Keys of tasks as text and back. Dask keys are strings, numbers and nested tuples of them.
 
-The text names a key in Redis, in Flower and on the command line. It is canonical (one text per key), reversible
-and keeps types apart: `1`, `1.0` and `'1'` are three keys. A plain name stands for itself, all else is written as
-a Python literal.
+The text names a key in Redis, in Flower and on the command line. It is canonical (one text per key),
+reversible, and keeps types apart: `1`, `1.0` and `'1'` are three keys. A plain name stands for itself, all
+else is written as a Python literal.
 """
 
 from __future__ import annotations
 
 import ast
+import math
 from typing import TypeAlias
 
 Key: TypeAlias = str | int | float | tuple["Key", ...]
@@ -48,7 +49,7 @@ def _check(key: object, whole: object) -> None:
     if kind in (str, int):
         return
     if kind is float:
-        if key != key or key in (float("inf"), float("-inf")):
+        if not math.isfinite(key):  # type: ignore[arg-type]
             raise TypeError(f"a key must be finite to be found again: {whole!r}")
         return
     if kind is tuple:

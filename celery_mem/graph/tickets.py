@@ -1,6 +1,7 @@
 """Sending tickets: Celery messages that lend one slot to the graph for a slice of time.
 
-A ticket names no task. One that is lost is sent again when its lease ends, one that comes twice finds no work.
+A ticket names no task. One that is lost is sent again when its lease ends, one that comes twice finds no
+work.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_mem.tickets")
 
 TASK_NAME = "celery_mem.ticket"
+RETRY = {"max_retries": 2, "interval_start": 0, "interval_step": 0.05}
+"""A connection that breaks in the middle is replaced; a broker that is away is left to the coordinator."""
 
 
 def make_app(settings: Settings) -> Celery:
@@ -42,8 +45,10 @@ def send_tickets(app: Celery, tickets: Tickets) -> None:
                 args=(ticket,),
                 queue=tickets.queue or app.conf.task_default_queue,
                 ignore_result=True,
-                retry=False,
+                retry=True,
+                retry_policy=RETRY,
                 argsrepr=f"({ticket})",
             )
         except Exception as error:  # whatever the broker's library raises
-            log.warning("ticket %s could not be sent, the coordinator will: %s", ticket, error)
+            log.warning("tickets from %s on could not be sent, the coordinator will: %s", ticket, error)
+            return

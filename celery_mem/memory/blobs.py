@@ -1,7 +1,7 @@
 """Large results and payloads in Redis: one hash per blob, in pieces, so that one UNLINK removes it whole.
 
-A blob is written with a time to live; the script that makes a record refer to it takes that away. One whose writer
-dies in between vanishes by itself.
+A blob is written with a time to live; the script that makes a record refer to it takes that away. One whose
+writer dies in between vanishes by itself.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def write_commands(name: str, frames: Frames, *, piece_bytes: int, lease_s: floa
     commands: list[Command] = [("HSET", name, "h", sizes), ("PEXPIRE", name, lease_ms)]
     for i, piece in enumerate(_pieces(parts, piece_bytes)):
         commands.append(("HSET", name, i, piece))
-    if len(commands) > 3:
-        commands.append(("PEXPIRE", name, lease_ms))
+        if i > 0:  # each piece may take long, all of them longer than the lease
+            commands.append(("PEXPIRE", name, lease_ms))
     return commands
 
 
@@ -73,7 +73,7 @@ def load(link: Link, name: str, what: str = "object") -> tuple[Any, int] | None:
 
 
 def _pieces(parts: Sequence[Any], limit: int) -> Iterator[Any]:
-    """Cut the parts, laid end to end, into pieces of at most `limit` bytes; a part that is a piece is not copied."""
+    """Cut the parts, laid end to end, into pieces of at most `limit` bytes; whole pieces are not copied."""
     pending: list[memoryview] = []
     room = limit
     for part in parts:

@@ -1,7 +1,7 @@
 """Objects to bytes and back: pickle protocol 5, buffers out of band, cloudpickle where pickle cannot.
 
-A future inside an object says so while it is being pickled (`note_future`), so whoever pickles learns on which
-keys the bytes depend.
+A future inside an object says so while it is being pickled (`note_future`), so whoever pickles learns on
+which keys the bytes depend.
 """
 
 from __future__ import annotations
@@ -88,12 +88,7 @@ def dumps(obj: Any, what: str = "object") -> Frames:
                 raise SerializationError(
                     f"{what} of type {type(obj).__qualname__} cannot be pickled: {error}"
                 ) from error
-        try:
-            views = [b.raw() for b in buffers]
-        except BufferError:  # not contiguous: let pickle copy it
-            views = []
-            head = cloudpickle.dumps(obj, protocol=5)
-        return Frames(head, views, tuple(_found.keys))
+        return Frames(head, [b.raw() for b in buffers], tuple(_found.keys))
     finally:
         _found.keys = outer
 
@@ -108,7 +103,8 @@ def loads(head: bytes | memoryview, buffers: Sequence[Any] = (), what: str = "ob
         return pickle.loads(head, buffers=buffers)
     except ModuleNotFoundError as error:
         raise DeserializationError(
-            f"{what} needs the module {error.name!r}, which this process does not have; install it on every worker"
+            f"{what} needs the module {error.name!r}, which this process does not have; "
+            "install it on every worker"
         ) from error
     except Exception as error:
         raise DeserializationError(

@@ -1,0 +1,246 @@
+"""Results live as long as somebody needs them, and no longer."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from celery_mem import wait
+from tests.on_cluster import Box, add, field, identity, inc, server, task_keys, until
+
+PROMISED_S = 0.1  # on an idle system; shared processors get more
+BOUND_S = 5.0
+
+
+def freed_after(cluster, what):
+    """Drop `what()` and return how long its records lived on, s."""
+    started = time.perf_counter()
+    what()
+    assert until(lambda: not task_keys(cluster), timeout=BOUND_S), task_keys(cluster)
+    return time.perf_counter() - started
+
+
+class TestDel:
+    def test_frees_a_result_at_once(self, client, cluster):
+        futures = [client.submit(identity, bytes(200_000))]
+        futures[0].exception()
+        with server(cluster) as r:
+            assert len(r.keys("{mem}:b:*")) == 1
+            times = [freed_after(cluster, futures.clear)]
+            assert until(lambda: not r.keys("{mem}:b:*"))
+        for i in range(20):
+            futures.append(client.submit(inc, i))
+            futures[0].exception()
+            times.append(freed_after(cluster, futures.clear))
+        times.sort()
+        print(f"freed after {times[10] * 1e3:.1f} ms (median), {times[-1] * 1e3:.1f} ms (longest)")
+        assert times[10] < PROMISED_S
+
+    def test_of_ten_thousand_frees_them_all(self, client, cluster):
+        futures = [client.map(inc, range(10_000))]
+        wait(futures)
+        print(f"10,000 freed after {freed_after(cluster, futures.clear):.2f} s")
+
+    def test_of_one_copy_frees_nothing(self, client, cluster):
+        one, other = client.submit(inc, 1), client.submit(inc, 1)
+        wait([one, other])
+        del one
+        client.session.flush_releases()
+        assert task_keys(cluster) == [other.key]
+
+    def test_of_one_clients_future_frees_nothing_that_another_holds(self, connect, cluster):
+        one, other = connect(), connect()
+        mine, theirs = one.submit(inc, 1), other.submit(inc, 1)
+        wait([mine, theirs])
+        del mine
+        one.session.flush_releases()
+        assert task_keys(cluster) == [theirs.key]
+        assert theirs.result() == 2
+
+    def test_inside_a_cycle_frees_with_the_collector(self, client, cluster):
+        box = Box(client.submit(inc, 1))
+        box.self = box
+        box.content.exception()
+        del box
+        gc.collect()
+        assert until(lambda: not task_keys(cluster))
+
+
+class TestIntermediates:
+    def test_go_as_soon_as_their_last_dependent_is_done(self, client, cluster, gate):
+        x = client.submit(inc, 1)
+        first, second = client.submit(inc, x), client.submit(lambda v: gate.pass_(v), x)
+        key = x.key
+        del x
+        first.result()
+        assert field(cluster, key, "s") == b"memory"  # the second one needs it
+        gate.next_reached()
+        gate.open()
+        second.result()
+        assert until(lambda: field(cluster, key, "s") == b"released")
+        assert field(cluster, key, "v") is None
+
+    def test_leave_their_lineage_while_a_held_result_needs_it(self, client, cluster):
+        x = client.submit(inc, 1)
+        y = client.submit(inc, x)
+        z = client.submit(inc, y)
+        keys = [x.key, y.key, z.key]
+        z.result()
+        del x, y
+        assert until(lambda: [field(cluster, k, "s") for k in keys] == [b"released", b"released", b"memory"])
+        del z
+        assert until(lambda: not task_keys(cluster))
+
+    def test_are_made_again_where_they_are_wanted_again(self, client, cluster):
+        x = client.submit(inc, 1)
+        key, y = x.key, client.submit(inc, x)
+        y.result()
+        del x
+        assert until(lambda: field(cluster, key, "s") == b"released")
+        assert client.future(key).result(timeout=20) == 2
+
+    def test_scattered_data_that_only_its_lineage_needs_goes(self, client, cluster):
+        x = client.scatter([1, 2], as_one=True)
+        key, y = x.key, client.submit(sum, x)
+        assert y.result() == 3
+        del x
+        assert until(lambda: field(cluster, key, "s") == b"lost")
+        assert y.result() == 3
+
+
+class TestFunctions:
+    def test_are_stored_once_and_go_with_their_last_task(self, client, cluster):
+        with server(cluster) as r:
+            futures = client.map(lambda x: x + 1, range(10))
+            wait(futures)
+            assert len(r.keys("{mem}:f:*")) == 1
+            del futures
+            assert until(lambda: not r.keys("{mem}:f:*"))
+
+    def test_are_sent_again_when_they_are_used_again(self, client, cluster):
+        def large(x, weight=bytes(10_000)):
+            return x + len(weight)
+
+        for i in range(3):
+            assert client.submit(large, i).result() == i + 10_000
+            assert until(lambda: not task_keys(cluster))
+
+
+class TestEnd:
+    def test_close_frees_everything(self, connect, cluster):
+        client = connect()
+        kept = client.map(identity, [bytes(100), bytes(200_000)])
+        wait(kept)
+        client.close()
+        client.close()
+        with server(cluster) as r:
+            assert r.keys("{mem}:t:*") == r.keys("{mem}:b:*") == r.keys("{mem}:n:*") == []
+            assert client.id.encode() not in r.zrange("{mem}:clients", 0, -1)
+        assert all(f.cancelled() for f in kept)
+
+    @pytest.mark.parametrize("ending", ["", "raise SystemExit(3)", "1 / 0", "client.close()", "del futures"])
+    def test_of_the_process_frees_everything(self, cluster, ending):
+        script = f"""
+            from celery_mem import Client
+            client = Client({cluster.url!r}, name="short-lived")
+            futures = client.map(abs, range(-10, 10))
+            futures[0].result()
+            {ending}
+            """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.stdout == ""
+        assert done.stderr == "" or "1 / 0" in ending
+        assert task_keys(cluster) == []
+        with server(cluster) as r:
+            assert not [c for c in r.zrange("{mem}:clients", 0, -1) if c.startswith(b"short-lived")]
+
+    def test_of_a_process_that_is_killed_frees_with_its_lease(self, cluster):
+        script = f"""
+            import os
+            from celery_mem import Client
+            client = Client({cluster.url!r}, client_lease=0.5)
+            future = client.submit(abs, -1)
+            future.result()
+            os._exit(1)
+            """
+        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], timeout=60, check=False)
+        assert task_keys(cluster)
+        assert until(lambda: not task_keys(cluster))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+class TestFork:
+    def in_child(self, check):
+        """Run `check` in a forked child; returns what it printed."""
+        read_end, write_end = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.close(read_end)
+                os.write(write_end, repr(check()).encode())
+            except BaseException as error:
+                os.write(write_end, f"{type(error).__name__}: {error}".encode())
+            finally:
+                os._exit(0)
+        os.close(write_end)
+        with os.fdopen(read_end) as pipe:
+            text = pipe.read()
+        os.waitpid(pid, 0)
+        return text
+
+    @pytest.mark.parametrize("use", ["submit", "result", "pending", "map", "gather", "scatter", "info", "cancel"])
+    def test_a_child_that_uses_its_parents_client_is_told(self, client, gate, use):
+        done, pending = client.submit(inc, 1), client.submit(gate.pass_, 1)
+        done.result()
+        calls = {
+            "submit": lambda: client.submit(inc, 2),
+            "result": done.result,
+            "pending": pending.result,
+            "map": lambda: client.map(inc, [1]),
+            "gather": lambda: client.gather([done, pending]),
+            "scatter": lambda: client.scatter(1),
+            "info": client.info,
+            "cancel": pending.cancel,
+        }
+        text = self.in_child(calls[use])
+        assert "belongs to the parent process; make a new one" in text
+        gate.open()
+        assert client.gather([done, pending], timeout=20) == [2, 1]
+
+    def test_a_child_that_drops_or_closes_releases_nothing(self, client, cluster):
+        futures = client.map(inc, range(3))
+        wait(futures)
+
+        def drop():
+            futures.clear()
+            gc.collect()
+            client.close()
+            client._finalizer()
+            time.sleep(0.1)  # for a keeper that should not be there
+            return "fine"
+
+        assert self.in_child(drop) == "'fine'"
+        assert len(task_keys(cluster)) == 3
+        assert client.gather(futures) == [1, 2, 3]
+        assert client.submit(inc, 10).result() == 11
+
+    def test_a_child_can_make_a_client_of_its_own(self, connect, cluster):
+        client = connect(set_as_default=True)
+        future = client.submit(inc, 1)
+
+        def use_own():
+            from celery_mem import Client
+
+            with Client(cluster.url) as own:
+                return own.submit(add, 2, 2).result(timeout=20), Client.current() is own
+
+        assert self.in_child(use_own) == "(4, True)"
+        assert future.result() == 2
