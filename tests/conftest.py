@@ -110,7 +110,7 @@ def fake_link() -> Link:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LocalCluster]:
     """Two real workers and a coordinator, for all tests of the run that need them."""
-    # Small pieces, so that every large result comes in several; a coordinator that soon judges clients' leases.
+    # Small pieces: every large result comes in several. A short lease: the coordinator soon judges clients.
     env = {"CELERY_MEM_PIECE_BYTES": "100000", "CELERY_MEM_CLIENT_LEASE": "4"}
     with LocalCluster(n_workers=2, env=env) as cluster:
         yield cluster
@@ -126,12 +126,14 @@ def connect(cluster: LocalCluster) -> Iterator[Callable[..., Client]]:
         return clients[-1]
 
     yield make
-    gc.collect()  # cycles of the test's own, as with what pytest.raises caught
+
+    def held() -> set[str]:
+        return {key for client in clients for key in client.session.states}
+
     try:
-        for client in clients:
-            assert until(lambda c=client: not c.session.states, timeout=5), (
-                f"still held: {sorted(client.session.states)}"
-            )
+        if not until(lambda: not held(), timeout=0.1):
+            gc.collect()  # cycles of the test's own, as with what pytest.raises caught
+        assert until(lambda: not held(), timeout=5), f"still held: {held()}"
         assert until(lambda: not task_keys(cluster), timeout=5), f"still there: {task_keys(cluster)}"
     finally:
         for client in clients:

@@ -92,3 +92,10 @@ def fibonacci(n: int) -> int:
 def total_and(where: Where, x: Any, y: int) -> int:
     note(where)
     return int(x.sum(dtype="u8")) + y
+
+
+def large_after_word(where: Where, n: int) -> Any:
+    wait_for_word(where)
+    import numpy
+
+    return numpy.ones(n, dtype="u1")

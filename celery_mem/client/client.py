@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import itertools
 import logging
@@ -15,8 +14,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
-
-from dask.delayed import delayed
 
 from celery_mem.client import current
 from celery_mem.client.future import Future, text_of_future
@@ -43,7 +40,7 @@ from celery_mem.errors import (
 )
 from celery_mem.graph import collections as lowering
 from celery_mem.graph import inside
-from celery_mem.graph.calls import encode_function, name_of, token_of
+from celery_mem.graph.calls import encode_arrangement, encode_function, name_of, token_of
 from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
@@ -286,14 +283,31 @@ class Client:
         _refuse(kwargs, "compute")
         single = not args and not isinstance(collections, (list, tuple, set, frozenset))
         items = [collections] if single else [*(collections if not args else (collections, *args))]
-        if traverse:
-            items = [delayed(x) if _has_collections(x) else x for x in items]
-        members = [x for x in items if lowering.is_dask_collection(x)]
+        # Not by dask.delayed(container), which mixes up what is in it where its collections differ in kind.
+        unpacked = [lowering.unpack([x], traverse and not isinstance(x, Iterator)) for x in items]
+        members = list(itertools.chain.from_iterable(found for found, _ in unpacked))
         lowered = lowering.lower(members, finalize=True, optimize_graph=optimize_graph)
         futures = iter(self._submit_lowered(lowered, lowered.final_keys, retries, priority))
-        out = [next(futures) if lowering.is_dask_collection(x) else x for x in items]
+        out = []
+        for x, (found, repack) in zip(items, unpacked, strict=True):
+            mine = list(itertools.islice(futures, len(found)))
+            if mine and not lowering.is_dask_collection(x):
+                out.append(self._arranged(x, repack, mine, priority))
+            else:
+                out.append(mine[0] if mine else x)
         answer = out[0] if single else out
         return self.gather(answer) if sync else answer
+
+    def _arranged(
+        self, x: Any, repack: Callable[[list[Any]], tuple[Any, ...]], parts: list[Future], priority: Priority
+    ) -> Future:
+        """Submit a task that puts the results of `parts` where the collections in `x` are."""
+        key = f"{name_of(type(x))}-{self._fresh_token()}"
+        payload = encode_arrangement(lambda places: repack(places)[0], [text_of(f.key) for f in parts])
+        with Submission(self, priority=priority) as submission:
+            state, _ = submission.refer(key)
+            submission.add(key, encode_function(lowering.identity), payload)
+        return self._future(key, state)
 
     def persist(
         self,
@@ -843,11 +857,6 @@ def _load_settings(app: Celery | None, **overrides: Any) -> Settings:
 def _refuse(kwargs: Mapping[str, Any], method: str) -> None:
     if kwargs:
         raise TypeError(f"{method}() got unexpected arguments: {', '.join(kwargs)}")
-
-
-def _has_collections(x: Any) -> bool:
-    is_container = isinstance(x, (list, tuple, set, dict)) or dataclasses.is_dataclass(x)
-    return is_container and bool(lowering.unpack([x])[0])
 
 
 def _run_callbacks(calls: queue.SimpleQueue[tuple[Callable[[Future], Any], Future] | None]) -> None:

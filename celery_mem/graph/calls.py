@@ -264,6 +264,19 @@ class _Set:
         return self.kind, (self.parts,)
 
 
+def encode_arrangement(arrange: Callable[[list[Place]], Any], keys: Sequence[str]) -> Payload:
+    """Pickle an object as the only argument of a call, with inputs in places that are no arguments.
+
+    Args:
+        arrange: makes the object from the places of the inputs.
+        keys: key text of the input of each place; a key may come more than once.
+    """
+    index = {text: i for i, text in enumerate(dict.fromkeys(keys))}
+    whole = arrange([Place(index[text]) for text in keys])
+    frames = dumps(((whole,), {}), "arguments")
+    return Payload(CALL + frames.inline(), (*index, *(k for k in frames.contains if k not in index)))
+
+
 def encode_node(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],

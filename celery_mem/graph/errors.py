@@ -169,8 +169,8 @@ def decode_error(data: bytes) -> tuple[BaseException, TracebackType | None]:
     try:
         return errors[0], tracebacks[0]
     finally:
-        # The frames in the tracebacks were made below this one and refer to it. If it referred to them, the error
-        # would live until the cyclic collector runs, and with it the futures in the frames that it passes.
+        # The frames in the tracebacks were made below this one and refer to it. If it referred to them, the
+        # error would live until the cyclic collector runs, and with it the futures in the frames it passes.
         del errors, tracebacks
 
 

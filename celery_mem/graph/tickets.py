@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_mem.tickets")
 
 TASK_NAME = "celery_mem.ticket"
-RETRY = {"max_retries": 2, "interval_start": 0, "interval_step": 0.05}
+TRIES = 2
 """A connection that breaks in the middle is replaced; a broker that is away is left to the coordinator."""
 
 
@@ -38,17 +38,21 @@ def broker_url(url: str) -> str:
 
 def send_tickets(app: Celery, tickets: Tickets) -> None:
     """Send tickets. A failure is logged and left to their lease: the coordinator sends them again."""
+    queue = tickets.queue or app.conf.task_default_queue
     for ticket in tickets.ids:
-        try:
-            app.send_task(
-                TASK_NAME,
-                args=(ticket,),
-                queue=tickets.queue or app.conf.task_default_queue,
-                ignore_result=True,
-                retry=True,
-                retry_policy=RETRY,
-                argsrepr=f"({ticket})",
-            )
-        except Exception as error:  # whatever the broker's library raises
-            log.warning("tickets from %s on could not be sent, the coordinator will: %s", ticket, error)
-            return
+        for left in reversed(range(TRIES)):
+            try:
+                # Not by Celery's own retry, which trips over the channel that broke (kombu 5.7).
+                app.send_task(
+                    TASK_NAME,
+                    args=(ticket,),
+                    queue=queue,
+                    ignore_result=True,
+                    retry=False,
+                    argsrepr=f"({ticket})",
+                )
+                break
+            except Exception as error:  # whatever the broker's library raises
+                if not left:
+                    log.warning("tickets from %s on cannot be sent, the coordinator will: %s", ticket, error)
+                    return

@@ -28,10 +28,9 @@ from celery_mem.errors import (
     NamespaceResetError,
     RedisUnavailableError,
     StoreFullError,
-    UnknownClientError,
 )
 from tests.conftest import delete_namespace, server_program
-from tests.on_cluster import count_call, inc, server, task_keys, until
+from tests.on_cluster import count_call, inc, task_keys, until
 
 
 @contextlib.contextmanager
@@ -41,7 +40,18 @@ def redis_with(folder: Path, *options: str) -> Iterator[str]:
     if program is None:
         pytest.skip("no redis-server")
     path = folder / "own.sock"
-    command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder), *options]
+    command = [
+        program,
+        "--port",
+        "0",
+        "--unixsocket",
+        str(path),
+        "--save",
+        "",
+        "--dir",
+        str(folder),
+        *options,
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             assert until(path.exists)
@@ -94,7 +104,9 @@ class TestAddress:
         with Client(set_as_default=False) as client:
             assert client.submit(inc, 1).result() == 2
 
-    def test_of_the_environment_where_nobody_listens_is_an_error_within_the_timeout(self, tmp_path, monkeypatch):
+    def test_of_the_environment_where_nobody_listens_is_an_error_within_the_timeout(
+        self, tmp_path, monkeypatch
+    ):
         monkeypatch.setenv("CELERY_MEM_URL", f"unix://{tmp_path}/nobody.sock")
         with pytest.raises(RedisUnavailableError, match="no Redis at"):
             Client(timeout=0.2)
@@ -129,10 +141,12 @@ class TestPassword:
                 assert time.monotonic() - started < 2
 
     def test_the_right_one_opens(self, tmp_path):
-        with redis_with(tmp_path, "--requirepass", "s3cret") as url:
-            with Client(url.replace("unix://", "unix://:s3cret@"), set_as_default=False) as client:
-                assert client.scatter(5).result(timeout=20) == 5
-                assert "s3cret" not in repr(client) + client._repr_html_()
+        with (
+            redis_with(tmp_path, "--requirepass", "s3cret") as url,
+            Client(url.replace("unix://", "unix://:s3cret@"), set_as_default=False) as client,
+        ):
+            assert client.scatter(5).result(timeout=20) == 5
+            assert "s3cret" not in repr(client) + client._repr_html_()
 
 
 class TestSettings:
@@ -279,15 +293,14 @@ class TestBrokenConnections:
 
 class TestLostState:
     def test_an_emptied_redis_cancels_what_was_held_and_work_goes_on(self, tmp_path):
-        with redis_with(tmp_path) as url:
-            with Client(url, set_as_default=False) as client:
-                held = client.scatter(1)
-                delete_namespace(client.session.store)
-                with pytest.raises(NamespaceResetError):
-                    client.scatter(2)
-                with pytest.raises(FutureCancelledError, match="emptied or replaced"):
-                    held.result()
-                assert client.scatter(3).result(timeout=20) == 3
+        with redis_with(tmp_path) as url, Client(url, set_as_default=False) as client:
+            held = client.scatter(1)
+            delete_namespace(client.session.store)
+            with pytest.raises(NamespaceResetError):
+                client.scatter(2)
+            with pytest.raises(FutureCancelledError, match="emptied or replaced"):
+                held.result()
+            assert client.scatter(3).result(timeout=20) == 3
 
     def test_a_lease_that_ran_out_cancels_what_was_held_and_work_goes_on(self, connect, cluster):
         client = connect()
@@ -301,16 +314,19 @@ class TestLostState:
 
     def test_a_full_redis_refuses_and_goes_on_once_there_is_room(self, tmp_path):
         options = ("--maxmemory", "8mb", "--maxmemory-policy", "noeviction")
-        with redis_with(tmp_path, *options) as url:
-            with Client(url, set_as_default=False) as client:
-                kept = []
-                with pytest.raises(StoreFullError, match="maxmemory"):
-                    for i in range(100):
-                        kept.append(client.scatter(bytes([i]) * 300_000))
-                assert len(kept) > 3
-                kept.clear()
-                client.session.flush_releases()
-                with redis.Redis.from_url(url) as r:
-                    assert not r.keys("{mem}:t:*")
-                    assert until(lambda: r.info("memory")["used_memory"] < 6_000_000)
-                assert client.scatter(bytes(300_000)).result(timeout=20) == bytes(300_000)
+        with redis_with(tmp_path, *options) as url, Client(url, set_as_default=False) as client:
+            kept = []
+
+            def fill() -> None:
+                for i in range(100):
+                    kept.append(client.scatter(bytes([i]) * 300_000))
+
+            with pytest.raises(StoreFullError, match="maxmemory"):
+                fill()
+            assert len(kept) > 3
+            kept.clear()
+            client.session.flush_releases()
+            with redis.Redis.from_url(url) as r:
+                assert not r.keys("{mem}:t:*")
+                assert until(lambda: r.info("memory")["used_memory"] < 6_000_000)
+            assert client.scatter(bytes(300_000)).result(timeout=20) == bytes(300_000)

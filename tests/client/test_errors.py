@@ -21,24 +21,24 @@ from celery_mem.graph import calls
 from tests.on_cluster import add, count_call, fail, identity, inc, until
 
 
-class TwoArguments(Exception):
+class TwoArgumentsError(Exception):
     def __init__(self, code, reason):
         super().__init__(f"{code}: {reason}")
         self.code = code
 
 
-class Unpicklable(Exception):
+class UnpicklableError(Exception):
     def __init__(self):
         super().__init__("holds a lock")
         self.lock = threading.Lock()
 
 
-class NotUnpicklable(Exception):
+class NotUnpicklableError(Exception):
     def __reduce__(self):
         return fail, ("cannot be made again",)
 
 
-class Stubborn(Exception):
+class StubbornError(Exception):
     def __new__(cls, *, secret):
         return super().__new__(cls, secret)
 
@@ -46,7 +46,7 @@ class Stubborn(Exception):
         super().__init__(secret)
 
 
-class WithoutText(Exception):
+class WithoutTextError(Exception):
     def __str__(self):
         raise RuntimeError("no text")
 
@@ -132,22 +132,22 @@ class TestExceptions:
         assert future.exception() is not future.exception()
 
     def test_one_with_two_arguments_arrives_as_it_is(self, client):
-        with pytest.raises(TwoArguments, match="7: seven") as caught:
-            client.submit(raise_it, TwoArguments, 7, "seven").result()
+        with pytest.raises(TwoArgumentsError, match="7: seven") as caught:
+            client.submit(raise_it, TwoArgumentsError, 7, "seven").result()
         assert caught.value.code == 7
 
     def test_one_of_a_class_made_here_is_caught_by_that_class(self, client):
-        class Local(Exception):
+        class LocalError(Exception):
             pass
 
-        with pytest.raises(Local, match="mine"):
-            client.submit(raise_it, Local, "mine").result()
+        with pytest.raises(LocalError, match="mine"):
+            client.submit(raise_it, LocalError, "mine").result()
 
     def test_one_whose_own_way_of_unpickling_fails_arrives_as_it_is(self, client):
-        with pytest.raises(NotUnpicklable):
-            client.submit(raise_it, NotUnpicklable).result()
+        with pytest.raises(NotUnpicklableError):
+            client.submit(raise_it, NotUnpicklableError).result()
 
-    @pytest.mark.parametrize(("kind", "kwargs"), [(Unpicklable, {}), (Stubborn, {"secret": "x"})])
+    @pytest.mark.parametrize(("kind", "kwargs"), [(UnpicklableError, {}), (StubbornError, {"secret": "x"})])
     def test_one_that_cannot_travel_is_described(self, client, kind, kwargs):
         with pytest.raises(RemoteError, match=kind.__name__) as caught:
             client.submit(raise_it, kind, **kwargs).result()
@@ -156,8 +156,8 @@ class TestExceptions:
         assert "in raise_it" in "".join(traceback.format_exception(caught.value))
 
     def test_one_without_text_arrives(self, client):
-        with pytest.raises(WithoutText):
-            client.submit(raise_it, WithoutText).result()
+        with pytest.raises(WithoutTextError):
+            client.submit(raise_it, WithoutTextError).result()
 
     def test_endless_recursion_arrives_with_a_bounded_traceback(self, client):
         with pytest.raises(RecursionError, match="maximum recursion depth") as caught:
@@ -190,7 +190,7 @@ class TestExceptions:
             ):
                 try:
                     use()
-                except Exception:  # noqa: S110
+                except Exception:
                     pass
             assert until(lambda: not client.session.states, timeout=5)
         finally:
@@ -218,7 +218,9 @@ class TestErredFutures:
 class TestResults:
     def test_a_result_that_cannot_be_pickled_is_an_error_that_names_its_type(self, client):
         future = client.submit(threading.Lock)
-        with pytest.raises(SerializationError, match=r"result of allocate_lock-.* of type lock cannot be pickled"):
+        with pytest.raises(
+            SerializationError, match=r"result of allocate_lock-.* of type lock cannot be pickled"
+        ):
             future.result()
 
     def test_it_is_not_tried_again(self, client, gate):
@@ -298,5 +300,7 @@ def test_a_main_script_is_run_by_its_functions(cluster, tmp_path):
                 print(kept.result().n)
             """)
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.stdout, done.stderr) == ("ab\n5\n", "")

@@ -79,7 +79,7 @@ class TestTimeout:
     def test_a_timeout_leaves_the_task_running(self, client, gate):
         future = client.submit(gate.pass_, 1)
         for ask in (future.result, future.exception, future.traceback):
-            with pytest.raises(TimeoutError, match="not done after 0.01 s"):
+            with pytest.raises(TimeoutError, match=r"not done after 0\.01 s"):
                 ask(timeout=0.01)
         gate.open()
         assert future.result(timeout=20) == 1
@@ -192,7 +192,7 @@ class TestAwait:
 class TestIdentity:
     def test_is_equal_to_itself_only(self, client):
         one, copy_ = client.submit(inc, 1), client.submit(inc, 1)
-        assert one == one  # noqa: PLR0124
+        assert one == one
         assert one != copy_
         assert len({one, copy_}) == 2
 

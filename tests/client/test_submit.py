@@ -29,6 +29,10 @@ def results_of_parts(box):
     return [part.result(timeout=20) for part in box.content]
 
 
+def unboxing(box):
+    return lambda: box.content.result(timeout=20) + 1
+
+
 async def inc_later(x):
     return x + 1
 
@@ -100,9 +104,7 @@ class TestKeys:
 
     def test_the_order_of_named_arguments_does_not_matter(self, client):
         assert client.submit(see_everything, a=1, b=2).key == client.submit(see_everything, b=2, a=1).key
-        assert (
-            client.submit(see_everything, a=[1], b=2).key == client.submit(see_everything, b=2, a=[1]).key
-        )
+        assert client.submit(see_everything, a=[1], b=2).key == client.submit(see_everything, b=2, a=[1]).key
 
     def test_arguments_of_different_types_give_different_keys(self, client):
         futures = [client.submit(identity, x) for x in (1, 1.0, True, "1", b"1", (1,), [1])]
@@ -113,7 +115,9 @@ class TestKeys:
         futures = [client.submit(count_call, gate, "impure", pure=False) for _ in range(3)]
         assert sorted(client.gather(futures)) == [1, 2, 3]
 
-    @pytest.mark.parametrize("key", ["mine", "with space", "(1, 2)", "", 7, 1.5, -1, ("x", 0, ("y", 2.5)), "ünï"])
+    @pytest.mark.parametrize(
+        "key", ["mine", "with space", "(1, 2)", "", 7, 1.5, -1, ("x", 0, ("y", 2.5)), "ünï"]
+    )
     def test_a_key_of_ones_own_names_the_task(self, client, key):
         future = client.submit(inc, 1, key=key)
         assert future.key == key
@@ -172,7 +176,7 @@ class TestFuturesInArguments:
     def test_an_object_pins_the_futures_inside_until_the_task_is_done(self, client, gate):
         x = client.submit(gate.pass_, 5)
         task = client.submit(unbox, Box(x))
-        closure = client.submit(lambda f=Box(x): f.content.result(timeout=20) + 1)
+        closure = client.submit(unboxing(Box(x)))
         del x
         gate.next_reached()
         gate.open()

@@ -88,7 +88,13 @@ def token(*args, func=module_function, **kwargs):
 class TestFunction:
     @pytest.mark.parametrize("func", [module_function, len, math.sin, np.sin, np.add, Point, str, lambda: 5])
     def test_comes_back(self, func):
-        args = [] if func.__name__ == "<lambda>" else [1, 2] if func in (Point, np.add, module_function) else ["1"]
+        args = (
+            []
+            if func.__name__ == "<lambda>"
+            else [1, 2]
+            if func in (Point, np.add, module_function)
+            else ["1"]
+        )
         if func in (math.sin, np.sin):
             args = [1.0]
         assert decode_function(encode_function(func).code)(*args) == func(*args)
@@ -199,7 +205,8 @@ class TestFunction:
 
 class TestCall:
     @pytest.mark.parametrize(
-        ("args", "kwargs"), [((), {}), ((1, "a", None), {}), ((), {"k": 2.5}), (([1], {"x": (2,)}), {"y": {3}})]
+        ("args", "kwargs"),
+        [((), {}), ((1, "a", None), {}), ((), {"k": 2.5}), (([1], {"x": (2,)}), {"y": {3}})],
     )
     def test_without_futures_arrives_as_it_was(self, args, kwargs):
         payload = encoded(*args, **kwargs)
@@ -212,7 +219,15 @@ class TestCall:
         payload = encoded(*args, named=[a])
         assert payload.deps == ("a", "b")
         got, named = arrived(payload, a=10, b=20)
-        assert got == (10, [20, (10, {"k": 20})], {10}, frozenset([20]), Point(10, 1), OrderedDict(z=20), [1, 2])
+        assert got == (
+            10,
+            [20, (10, {"k": 20})],
+            {10},
+            frozenset([20]),
+            Point(10, 1),
+            OrderedDict(z=20),
+            [1, 2],
+        )
         assert [type(x) for x in got[2:6]] == [set, frozenset, Point, OrderedDict]
         assert named == {"named": [10]}
 

@@ -16,25 +16,25 @@ from celery_mem.graph.errors import MAX_FRAMES, decode_error, encode_error, erro
 from celery_mem.graph.killed import killed_error
 
 
-class TwoArguments(Exception):
+class TwoArgumentsError(Exception):
     def __init__(self, a, b):
         super().__init__(f"{a} and {b}")
         self.a, self.b = a, b
 
 
-class WithAttributes(Exception):
+class WithAttributesError(Exception):
     def __init__(self, text, code=0):
         super().__init__(text)
         self.code = code
 
 
-class HoldsALock(Exception):
+class HoldsALockError(Exception):
     def __init__(self):
         super().__init__("locked")
         self.lock = threading.Lock()
 
 
-class Speechless(Exception):
+class SpeechlessError(Exception):
     def __str__(self):
         raise RuntimeError
 
@@ -64,25 +64,27 @@ class TestTheException:
         assert error.args == ("x", 1)
 
     def test_keeps_attributes_and_notes(self):
-        original = WithAttributes("text", 7)
+        original = WithAttributesError("text", 7)
         original.add_note("by the way")
         error, _ = there_and_back(original)
         assert (str(error), error.code, error.__notes__) == ("text", 7, ["by the way"])
 
     def test_with_an_init_that_does_not_take_its_args_comes_back(self):
-        error, _ = there_and_back(TwoArguments(1, 2))
-        assert type(error) is TwoArguments
+        error, _ = there_and_back(TwoArgumentsError(1, 2))
+        assert type(error) is TwoArgumentsError
         assert (str(error), error.a, error.b) == ("1 and 2", 1, 2)
 
-    @pytest.mark.parametrize("error", [OSError(2, "none", "f"), UnicodeDecodeError("utf8", b"x", 0, 1, "bad")])
+    @pytest.mark.parametrize(
+        "error", [OSError(2, "none", "f"), UnicodeDecodeError("utf8", b"x", 0, 1, "bad")]
+    )
     def test_of_the_standard_library_comes_back(self, error):
         back, _ = there_and_back(error)
         assert (type(back), str(back)) == (type(error), str(error))
 
     def test_that_cannot_be_pickled_is_described(self):
-        error, tb = there_and_back(raised(HoldsALock()))
+        error, tb = there_and_back(raised(HoldsALockError()))
         assert type(error) is RemoteError
-        assert error.type_name == f"{__name__}.HoldsALock"
+        assert error.type_name == f"{__name__}.HoldsALockError"
         assert error.message == "locked"
         assert "in _raise" in error.traceback_text
         assert "Traceback of the task" in error.__notes__[0]
@@ -90,7 +92,7 @@ class TestTheException:
         assert type(pickle.loads(pickle.dumps(error))) is RemoteError
 
     def test_whose_text_cannot_be_made_is_described(self):
-        assert error_summary(encode_error(Speechless()))[1] == "(its text cannot be made)"
+        assert error_summary(encode_error(SpeechlessError()))[1] == "(its text cannot be made)"
 
     def test_of_a_group_comes_back(self):
         error, _ = there_and_back(ExceptionGroup("several", [ValueError("a"), KeyError("b")]))
@@ -123,7 +125,7 @@ class TestTheTraceback:
         assert str(error) == "deep"
 
     def test_keeps_nothing_alive(self):
-        data = encode_error(raised(TwoArguments(1, 2)))
+        data = encode_error(raised(TwoArgumentsError(1, 2)))
         gc.collect()
         gc.disable()
         try:
@@ -131,7 +133,7 @@ class TestTheTraceback:
             reference = weakref.ref(error)
             try:
                 raise error.with_traceback(tb)
-            except TwoArguments:
+            except TwoArgumentsError:
                 pass
             del error, tb
             assert reference() is None
@@ -167,7 +169,7 @@ class TestTheChain:
         assert (error.__cause__, error.__traceback__) == (cause, tb)
 
     def test_describes_a_link_that_cannot_be_pickled(self):
-        error, _ = there_and_back(self.chained(__cause__=HoldsALock()))
+        error, _ = there_and_back(self.chained(__cause__=HoldsALockError()))
         assert type(error) is ValueError
         assert type(error.__cause__) is RemoteError
 
@@ -193,9 +195,9 @@ class TestTheChain:
 
 class TestTheBytes:
     def test_are_readable_without_unpickling(self):
-        data = encode_error(raised(HoldsALock()))
+        data = encode_error(raised(HoldsALockError()))
         kind, message, text = error_summary(data)
-        assert (kind, message) == (f"{__name__}.HoldsALock", "locked")
+        assert (kind, message) == (f"{__name__}.HoldsALockError", "locked")
         assert text.startswith("Traceback (most recent call last)")
         json.loads(data.partition(b"\n")[0])
 

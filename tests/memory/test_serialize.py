@@ -51,7 +51,9 @@ def round_trip(obj):
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("obj", [None, 1, "text", [1, {2: (3.5,)}], b"bytes", {1, 2}, bytearray(b"x"), ""])
+    @pytest.mark.parametrize(
+        "obj", [None, 1, "text", [1, {2: (3.5,)}], b"bytes", {1, 2}, bytearray(b"x"), ""]
+    )
     def test_objects_come_back_equal(self, obj):
         assert round_trip(obj) == obj
 
@@ -150,7 +152,9 @@ class TestErrors:
             dumps(obj, "the result of x")
 
     def test_what_cannot_be_unpickled_is_named(self):
-        with pytest.raises(DeserializationError, match="the thing cannot be unpickled here: ValueError: cannot"):
+        with pytest.raises(
+            DeserializationError, match="the thing cannot be unpickled here: ValueError: cannot"
+        ):
             loads_inline(dumps(NeverAgain()).inline(), "the thing")
 
     def test_a_missing_module_is_named(self):

@@ -1,0 +1,155 @@
+"""A Redis that is full, that dies and comes back, that forgets its scripts, that comes back empty."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from redis.exceptions import ResponseError
+
+from celery_mem.errors import StateLostError, StoreFullError
+from tests import tasks
+from tests.deployment import Deployment, wait_until
+from tests.faults.graphs import Graph
+
+LEASES = {"client_lease": 2.0, "node_lease": 2.0, "leader_lease": 2.0, "ticket_lease": 1.0}
+
+
+# --- full ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Deployment]:
+    """A Redis with a limit, a coordinator and a worker."""
+    with Deployment(("--maxmemory", "24mb", "--maxmemory-policy", "noeviction"), **LEASES) as it:
+        it.start_coordinator()
+        it.start_worker("w0", slots=2)
+        yield it
+
+
+def fill(deployment: Deployment) -> None:
+    """Bring Redis to its limit: nothing more can be written."""
+    for size in (1 << 20, 1 << 14, 64):
+        try:
+            while True:
+                deployment.redis.append("filler", b"x" * size)
+        except ResponseError as error:
+            assert "OOM" in str(error) or "maxmemory" in str(error)
+
+
+def test_a_full_redis_refuses_new_work_frees_what_is_released_and_recovers(small: Deployment) -> None:
+    with small.client() as client:
+        held = client.map(tasks.inc, range(200))
+        assert client.gather(held) == list(range(1, 201))
+        fill(small)
+        with pytest.raises(StoreFullError):
+            client.submit(tasks.inc, 1000).result(timeout=60)
+        with pytest.raises(StoreFullError):
+            client.gather(client.map(tasks.inc, range(2000, 3000)))
+        with pytest.raises(StoreFullError):
+            client.scatter(np.zeros(1_000_000))
+        del held
+        pattern = small.key("t:*")
+        small.wait_until(lambda: not list(small.redis.scan_iter(pattern, 1000)), "the records to be freed")
+        fill(small)
+        # Longer than every lease: all are renewed though nothing can be written.
+        members = small.key("clients"), small.key("nodes")
+        before = [small.redis.zrange(name, 0, -1) for name in members]
+        leader = small.redis.get(small.key("leader"))
+        started = time.monotonic()
+        small.wait_until(lambda: time.monotonic() - started > 1.5 * LEASES["client_lease"], "leases to be over")
+        assert [small.redis.zrange(name, 0, -1) for name in members] == before
+        assert small.redis.get(small.key("leader")) == leader
+        small.redis.unlink("filler")
+        assert client.submit(tasks.inc, 1000).result(timeout=60) == 1001
+    small.check_empty()
+
+
+def test_a_result_waits_until_a_full_redis_has_room_for_it(small: Deployment) -> None:
+    with small.client() as client:
+        running = client.submit(tasks.wait_for_word, (small.url, "small"), 7)
+        large = client.submit(tasks.large_after_word, (small.url, "large"), 300_000)
+        small.wait_until(lambda: len(small.runs()) == 2, "both to run")
+        # The words first: BLPOP frees, RPUSH does not.
+        small.redis.rpush("go:later", "word")
+        small.redis.rpush("go:small", "word")
+        small.redis.rename("go:later", "go:large")
+        fill(small)
+        assert running.result(timeout=60) == 7
+        assert not large.done()
+        small.redis.unlink("filler")
+        assert large.result(timeout=60).sum() == 300_000
+        del running, large
+    small.check_empty()
+
+
+# --- killed and started again -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fsync", ["always", "everysec"])
+def test_after_a_restart_of_redis_everybody_goes_on_and_results_are_right(fsync: str) -> None:
+    with Deployment(("--appendonly", "yes", "--appendfsync", fsync), inline_limit=1000, **LEASES) as it:
+        it.start_coordinator()
+        it.start_worker("w0", slots=2)
+        with it.client() as client:
+            graph = Graph(client, it.url, "g", seed=1, width=60)
+            wait_until(lambda: len(it.runs()) > 40, "the graph to run")
+            it.kill("redis")
+            it.start_redis()
+            assert client.gather(graph.futures, timeout=100) == graph.values
+            assert client.submit(tasks.inc, 1).result(timeout=60) == 2
+            del graph
+        if fsync == "always":
+            assert set(it.runs().values()) == {1}
+        it.check_empty()
+
+
+def test_a_redis_that_comes_back_empty_is_joined_anew(request: pytest.FixtureRequest) -> None:
+    with Deployment(**LEASES) as it:
+        it.start_coordinator()
+        it.start_worker("w0", slots=2)
+        with it.client() as client:
+            future = client.submit(tasks.inc, 1)
+            assert future.result(timeout=60) == 2
+            lost = client.submit(tasks.wait_for_word, (it.url, "lost"))
+            wait_until(it.runs, "the task to run")
+            it.kill("redis")
+            it.start_redis()
+            with pytest.raises(StateLostError):
+                client.submit(tasks.inc, lost).result(timeout=60)
+            it.wait_until(lambda: it.redis.exists(it.key(f"node:{it.node('w0')}")), "the node to join again")
+            assert client.submit(tasks.inc, 2).result(timeout=60) == 3
+            it.redis.rpush("go:lost", "word")
+            assert client.submit(tasks.inc, 3).result(timeout=60) == 4
+        it.check_empty()
+
+
+# --- scripts ------------------------------------------------------------------------------------------------
+
+
+def test_scripts_that_redis_forgets_are_sent_again() -> None:
+    with Deployment(inline_limit=1000, slice=0.5, **LEASES) as it:
+        it.start_coordinator()
+        it.start_worker("w0", slots=2)
+        with it.client() as client:
+            graph = Graph(client, it.url, "g", seed=2, width=60)
+            n = 0
+            while not all(f.done() for f in graph.futures):
+                it.redis.script_flush()
+                n += 1
+            assert n > 10
+            assert client.gather(graph.futures) == graph.values
+            del graph
+        assert set(it.runs().values()) == {1}
+        it.check_empty()
+
+
+def test_a_worker_is_told_to_end_while_redis_is_away_and_ends() -> None:
+    with Deployment(**LEASES) as it:
+        it.start_worker("w0", slots=2)
+        it.kill("redis")
+        it.signal("w0", signal.SIGTERM)
+        it.wait_gone("w0")
