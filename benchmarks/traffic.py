@@ -16,8 +16,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+from celery_mem.errors import DataLostError
 
 # --- task functions -------------------------------------------------------------------------------
 
@@ -223,8 +226,11 @@ class Traffic:
         letter = self.mailbox.rpop(self.MAILBOX) if self.mailbox is not None else None
         if letter is not None:
             future, expected = pickle.loads(letter)  # unpickling holds the key, if it is still there
+            try:
+                future.result(timeout=120)
+            except (CancelledError, DataLostError):
+                return  # its sender let go of it, or of scattered data that it would have to be made from again
             self.add(future, expected, borrowed=True)
-            self.keep([entry for entry in self.held if not entry.future.cancelled()])
 
     def idle(self) -> None:
         time.sleep(self.rng.uniform(0, 0.5))
@@ -245,8 +251,6 @@ class Traffic:
 
     def verify(self, entry: Held) -> None:
         """Wait for a future and compare its outcome with the one it must have."""
-        from concurrent.futures import CancelledError
-
         self.counts["verified"] += 1
         try:
             got = entry.future.result(timeout=120)

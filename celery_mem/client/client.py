@@ -183,7 +183,9 @@ class Client:
         Raises:
             SerializationError: the function or an argument cannot be pickled.
             FutureCancelledError: an argument was cancelled.
-            StoreFullError: Redis is full; nothing was submitted.
+        Note:
+            Small calls are sent some milliseconds later, together. What Redis has against one (StoreFullError,
+            MissingKeyError for a future in an object whose task is gone) its future raises.
         """
         if not callable(func):
             raise TypeError(f"submit wants a function and its arguments, not {func!r}")

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import InvalidResponse, ResponseError
 
 from celery_mem.client.listener import Listener, apply_notice
 from celery_mem.client.outbox import Outbox
@@ -428,6 +428,8 @@ def _connect(settings: Settings, timeout: float) -> Store:
     first = Link(pool, retry_timeout=timeout, address=mask_url(settings.url))
     try:
         store = Store.connect(settings, first)
+    except InvalidResponse as error:
+        raise RedisUnavailableError(f"what answers at {first.address} is no Redis: {error}") from error
     finally:
         first.close()
     store.link = Link.connect(settings)

@@ -23,6 +23,7 @@ from celery_mem.graph.collections import futures_of
 
 if TYPE_CHECKING:
     from celery_mem.client.client import Client
+    from celery_mem.client.session import Session
 
 ALL_COMPLETED, FIRST_COMPLETED = "ALL_COMPLETED", "FIRST_COMPLETED"
 
@@ -137,6 +138,7 @@ class as_completed:  # noqa: N801 (the name that everybody knows)
         self._arrivals = _Arrivals()
         # The futures are kept here and not by what waits for them: they are free when this object is.
         self._waiting: dict[KeyState, list[Future]] = {}
+        self._sessions: set[Session] = set()
         self.update(futures)
 
     def add(self, future: Future) -> None:
@@ -148,6 +150,7 @@ class as_completed:  # noqa: N801 (the name that everybody knows)
         for future in futures:
             client, state = future._bound()
             self._waiting.setdefault(state, []).append(future)
+            self._sessions.add(client.session)
             with client.session.lock:
                 if state.status in FINAL:
                     self._arrivals(state)
@@ -169,10 +172,10 @@ class as_completed:  # noqa: N801 (the name that everybody knows)
     def clear(self) -> None:
         """Forget all futures."""
         for state, futures in self._waiting.items():
-            client = futures[0].client
-            if client is not None:
-                with client.session.lock:
-                    unwatch([state], self._arrivals)
+            for future in futures:
+                if future.client is not None:
+                    with future.client.session.lock:
+                        unwatch([state], self._arrivals)
         self._waiting.clear()
         while self.has_ready():
             self._arrivals.take()
@@ -205,6 +208,7 @@ class as_completed:  # noqa: N801 (the name that everybody knows)
         try:
             while self._waiting:
                 event.clear()
+                self._send()
                 if not self.has_ready() and inside.worker is not None:
                     # Where this is a task, its slot has to help, which needs a thread.
                     left = seconds_left(self._deadline)
@@ -222,7 +226,14 @@ class as_completed:  # noqa: N801 (the name that everybody knows)
         finally:
             self._arrivals.tell = None
 
+    def _send(self) -> None:
+        """Have sent what is about to be waited for."""
+        if not self.has_ready():
+            for session in self._sessions:
+                session.flush()
+
     def _next(self) -> Future:
+        self._send()
         if not inside.wait_for(self._arrivals.wait, seconds_left(self._deadline)):
             raise self._timeout()
         state = self._arrivals.take()

@@ -36,8 +36,11 @@ def broker_url(url: str) -> str:
     return url.replace("unix://", "redis+socket://", 1)
 
 
-def send_tickets(app: Celery, tickets: Tickets) -> None:
-    """Send tickets. A failure is logged and left to their lease: the coordinator sends them again."""
+def send_tickets(app: Celery, tickets: Tickets) -> bool:
+    """Send tickets; returns whether the broker took them.
+
+    A failure is logged and left to their lease: the coordinator sends them again.
+    """
     queue = tickets.queue or app.conf.task_default_queue
     for ticket in tickets.ids:
         for left in reversed(range(TRIES)):
@@ -55,4 +58,5 @@ def send_tickets(app: Celery, tickets: Tickets) -> None:
             except Exception as error:  # whatever the broker's library raises
                 if not left:
                     log.warning("tickets from %s on cannot be sent, the coordinator will: %s", ticket, error)
-                    return
+                    return False
+    return True

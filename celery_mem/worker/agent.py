@@ -23,6 +23,7 @@ from celery_mem.worker.process import is_alive
 log = logging.getLogger("celery_mem.agent")
 
 TICK_S = 0.25
+RETRY_S = 1.0
 
 
 class Agent:
@@ -85,6 +86,7 @@ class Agent:
                 log.warning("node %s: %s", self.node, error)
                 if is_over and time.monotonic() - in_touch > self.store.settings.node_lease:
                     return  # the lease is over by now, and whoever finds Redis again sees to it
+                time.sleep(RETRY_S)
             time.sleep(TICK_S)
 
     def _sign_off(self) -> bool:
@@ -123,7 +125,7 @@ def main() -> None:
         # It cannot send tickets, so it reserves none: the coordinator sees the work that it gives back.
         ticket_lease=0.001,
         # Short, so that it sees the end of its worker while Redis is away too.
-        retry_timeout=1.0,
+        retry_timeout=RETRY_S,
     )
     agent = None
 
@@ -140,7 +142,7 @@ def main() -> None:
             break
         except CeleryMemError as error:
             log.warning("node %s: %s", node, error)
-            time.sleep(TICK_S)
+            time.sleep(RETRY_S)
     else:
         return
     agent = Agent(node, parent, told["news"], store)

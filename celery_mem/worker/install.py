@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from celery import Celery
+from celery.worker.request import Request
+from kombu.asynchronous import get_event_loop
+from redis.exceptions import ResponseError
 
 from celery_mem.config import Settings
 from celery_mem.graph.tickets import TASK_NAME
 from celery_mem.worker.node import NodeStep
 from celery_mem.worker.tickets import run_ticket
+
+log = logging.getLogger("celery_mem.worker")
+
+ACK_RETRY_S = 1.0
+
+
+class TicketRequest(Request):  # type: ignore[misc]
+    """A ticket in the worker's main process. Celery ends the worker if a message cannot be acknowledged."""
+
+    def acknowledge(self) -> None:
+        """Tell the broker that the ticket is done; again and again while a full Redis refuses."""
+        try:
+            super().acknowledge()
+        except ResponseError as error:
+            hub = get_event_loop()
+            if hub is None:
+                raise
+            log.warning("the broker refuses to hear that a ticket is done: %s", error)
+            hub.call_later(ACK_RETRY_S, self.acknowledge)
 
 
 def install(app: Celery, **settings: Any) -> Celery:
@@ -30,7 +53,14 @@ def install(app: Celery, **settings: Any) -> Celery:
     app.mem_settings = functools.cache(lambda: Settings.load(app, **settings))
 
     # acks_late: a ticket that runs counts against the worker's prefetch, so no worker hoards tickets.
-    @app.task(name=TASK_NAME, bind=True, acks_late=True, ignore_result=True, track_started=False)
+    @app.task(
+        name=TASK_NAME,
+        bind=True,
+        acks_late=True,
+        ignore_result=True,
+        track_started=False,
+        Request=f"{TicketRequest.__module__}:{TicketRequest.__name__}",
+    )
     def ticket(self: Any, ticket_id: str) -> int:
         return run_ticket(self.app, self.app.mem_settings(), self.request.hostname, ticket_id)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from celery import bootsteps
 
-from celery_mem.errors import ConfigError, UnsupportedPoolError
+from celery_mem.errors import CeleryMemError, ConfigError, SchemaError, UnsupportedPoolError
 from celery_mem.graph.tickets import send_tickets
 from celery_mem.state.keys import NODE
 from celery_mem.state.store import Store
@@ -25,6 +25,8 @@ POOLS = {
     "celery.concurrency.solo": "solo",
 }
 AGENT_CHECK_S = 2.0
+ANNOUNCE_S = 2.0
+"""How long the worker itself tries to tell Redis of its begin or end. Its signals have to wait meanwhile."""
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -52,13 +54,18 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             "pool": self.pool,
             "hostname": parent.hostname.partition("@")[2],
         }
-        store = Store.connect(self.settings)
-        store.heartbeat(parent.hostname, **self.news)
-        tickets = store.call_tickets()
-        store.link.close()
         self._keep_agent(parent.hostname)
         parent.timer.call_repeatedly(AGENT_CHECK_S, self._keep_agent, (parent.hostname,))
-        send_tickets(parent.app, tickets)
+        try:
+            # The agent would do this too, a moment later; and it does if there is no Redis yet.
+            store = Store.connect(self.settings.replace(retry_timeout=ANNOUNCE_S))
+            store.heartbeat(parent.hostname, **self.news)
+            send_tickets(parent.app, store.call_tickets())
+            store.link.close()
+        except SchemaError as error:
+            raise SystemExit(str(error)) from error
+        except CeleryMemError as error:
+            log.warning("node %s joins later: %s", parent.hostname, error)
         log.info("node %s: %s slots (%s)", parent.hostname, slots, self.pool)
 
     def stop(self, parent: Any) -> None:
@@ -67,7 +74,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             return  # it never started
         self.news = {}
         try:
-            store = Store.connect(self.settings.replace(retry_timeout=1.0))
+            store = Store.connect(self.settings.replace(retry_timeout=ANNOUNCE_S))
             pid = store.link.call("HGET", store.keys.of("node", parent.hostname), NODE["pid"])
             if pid == str(os.getpid()).encode():  # no worker of the same name has started since
                 store.heartbeat(parent.hostname, slots="0")

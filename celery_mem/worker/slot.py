@@ -46,11 +46,11 @@ class Slot:
     Args:
         name: `<node>|<process identity>.<n>`; the node's agent watches the process.
         node: name of the Celery worker.
-        send_tickets: sends tickets that a step asked for.
+        send_tickets: sends tickets that a step asked for; returns whether the broker took them.
     """
 
     def __init__(
-        self, name: str, node: str, settings: Settings, send_tickets: Callable[[Tickets], None]
+        self, name: str, node: str, settings: Settings, send_tickets: Callable[[Tickets], bool]
     ) -> None:
         self.name = name
         self.node = node
@@ -69,6 +69,7 @@ class Slot:
         self._watcher: threading.Thread | None = None
         self._closed = False
         self._was_useful = True
+        self._is_cut_off = False  # the broker did not take the last tickets
 
     def run_ticket(self, ticket: str) -> int:
         """Run tasks until the slice is over or nothing came for the linger time; returns how many ran.
@@ -99,6 +100,11 @@ class Slot:
             ticket = ""
             if taken:
                 ran += self._run(driver, taken)
+                mode = ""
+            elif leaving and self._is_cut_off:
+                # No slot can be called, as when Redis is full and the broker's too. Those that run must go on:
+                # what they get done may be what frees memory.
+                end = time.monotonic() + self.settings.slice
                 mode = ""
             elif leaving or "l" in mode:
                 self._was_useful = ran > 0
@@ -139,7 +145,7 @@ class Slot:
                 if done.key in late and done.kind == "b":
                     self.store.link.call("UNLINK", self.store.keys.blob(done.attempt, done.key))
         if step.tickets.ids:
-            self.send_tickets(step.tickets)
+            self._is_cut_off = not self.send_tickets(step.tickets)
         return step.taken
 
     def _wait_for_work(self, driver: Driver) -> bool:

@@ -95,6 +95,23 @@ class TestAddress:
                 Client(f"redis://127.0.0.1:{silent.getsockname()[1]}", timeout=0.3)
             assert time.monotonic() - started < 2
 
+    def test_where_something_else_answers_is_an_error_that_says_so(self):
+        with socket.socket() as web:
+            web.bind(("127.0.0.1", 0))
+            web.listen()
+
+            def answer() -> None:
+                connection, _ = web.accept()
+                with connection:
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    connection.recv(1000)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            with pytest.raises(RedisUnavailableError, match="is no Redis"):
+                Client(f"redis://127.0.0.1:{web.getsockname()[1]}", timeout=0.3)
+            thread.join()
+
     def test_of_the_environment_counts_where_none_is_given(self, cluster, monkeypatch):
         monkeypatch.setenv("CELERY_MEM_URL", cluster.url)
         with Client() as client:

@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from celery_mem.errors import FutureCancelledError, SerializationError
+from celery_mem.errors import FutureCancelledError, MissingKeyError, SerializationError
 from tests.on_cluster import Box, add, count_call, fail_until, identity, inc, server, unbox, until
 
 Point = collections.namedtuple("Point", "x y")
@@ -199,6 +199,14 @@ class TestFuturesInArguments:
         for _ in range(100):
             x = client.submit(inc, x)
         assert x.result() == 101
+
+    def test_a_future_in_an_object_whose_key_is_gone_is_named_on_the_future_alone(self, client):
+        x = client.submit(inc, 1)
+        x.cancel()
+        before, bad, after = client.submit(inc, 10), client.submit(unbox, Box(x)), client.submit(inc, 20)
+        with pytest.raises(MissingKeyError, match=f"'{x.key}', needed by '{bad.key}'"):
+            bad.result(timeout=20)
+        assert client.gather([before, after], timeout=20) == [11, 21]
 
     def test_a_cancelled_future_is_refused(self, client):
         x = client.submit(inc, 1)

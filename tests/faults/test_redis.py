@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from redis.exceptions import ResponseError
 
-from celery_mem.errors import StateLostError, StoreFullError
+from celery_mem.errors import FutureCancelledError, StateLostError, StoreFullError
 from tests import tasks
 from tests.deployment import Deployment, wait_until
 from tests.faults.graphs import Graph
@@ -107,7 +107,7 @@ def test_after_a_restart_of_redis_everybody_goes_on_and_results_are_right(fsync:
         it.check_empty()
 
 
-def test_a_redis_that_comes_back_empty_is_joined_anew(request: pytest.FixtureRequest) -> None:
+def test_a_redis_that_comes_back_empty_is_joined_anew() -> None:
     with Deployment(**LEASES) as it:
         it.start_coordinator()
         it.start_worker("w0", slots=2)
@@ -118,7 +118,7 @@ def test_a_redis_that_comes_back_empty_is_joined_anew(request: pytest.FixtureReq
             wait_until(it.runs, "the task to run")
             it.kill("redis")
             it.start_redis()
-            with pytest.raises(StateLostError):
+            with pytest.raises((StateLostError, FutureCancelledError), match="emptied or replaced"):
                 client.submit(tasks.inc, lost).result(timeout=60)
             it.wait_until(lambda: it.redis.exists(it.key(f"node:{it.node('w0')}")), "the node to join again")
             assert client.submit(tasks.inc, 2).result(timeout=60) == 3
@@ -136,11 +136,14 @@ def test_scripts_that_redis_forgets_are_sent_again() -> None:
         it.start_worker("w0", slots=2)
         with it.client() as client:
             graph = Graph(client, it.url, "g", seed=2, width=60)
-            n = 0
+            n_flushes = n_runs = 0
             while not all(f.done() for f in graph.futures):
-                it.redis.script_flush()
-                n += 1
-            assert n > 10
+                # Between two, time for some tasks: a script of kombu is loaded again once, then it ends the worker.
+                if len(it.runs()) >= n_runs + 10:
+                    n_runs = len(it.runs())
+                    it.redis.script_flush()
+                    n_flushes += 1
+            assert n_flushes > 10
             assert client.gather(graph.futures) == graph.values
             del graph
         assert set(it.runs().values()) == {1}

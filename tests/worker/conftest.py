@@ -37,9 +37,14 @@ class Space:
     def slot(self, **changes: Any) -> Slot:
         """Make a slot; `changes` are settings."""
         name = f"node|{own_identity()}.{len(self._slots) + 1}"
-        slot = Slot(name, "node", self.settings.replace(**changes), self.sent.append)
+        slot = Slot(name, "node", self.settings.replace(**changes), self.send)
         self._slots.append(slot)
         return slot
+
+    def send(self, tickets: Tickets) -> bool:
+        """Stand in for the broker."""
+        self.sent.append(tickets)
+        return True
 
     def submit(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Future:
         """Submit as the client does, and wait until the task is in Redis."""
