@@ -229,7 +229,7 @@ class Traffic:
             try:
                 future.result(timeout=120)
             except (CancelledError, DataLostError):
-                return  # its sender let go of it, or of scattered data that it would have to be made from again
+                return  # its sender let go of it, or of the scattered data that it is made from
             self.add(future, expected, borrowed=True)
 
     def idle(self) -> None:
