@@ -121,7 +121,9 @@ class Deployment:
 
     def logs(self) -> str:
         """Return the ends of all logs."""
-        return "\n".join(f"--- {p.stem}\n{self.log(p.stem, 40)}" for p in Path(self.processes.folder).glob("*.log"))
+        return "\n".join(
+            f"--- {p.stem}\n{self.log(p.stem, 40)}" for p in Path(self.processes.folder).glob("*.log")
+        )
 
     def wait_until(self, condition: Callable[[], Any], what: str) -> Any:
         """Wait as `wait_until` does; if in vain, show the logs."""

@@ -45,6 +45,11 @@ def counted(where: Where, *xs: Any, seconds: float = 0) -> Any:
     return sum(xs)
 
 
+def nap(seconds: float, x: Any) -> Any:
+    time.sleep(seconds)
+    return x
+
+
 def wait_for_word(where: Where, result: Any = None) -> Any:
     """Count this run and return when somebody pushes a word to the list `go:<name>`."""
     note(where)

@@ -184,8 +184,8 @@ class Client:
             SerializationError: the function or an argument cannot be pickled.
             FutureCancelledError: an argument was cancelled.
         Note:
-            Small calls are sent some milliseconds later, together. What Redis has against one (StoreFullError,
-            MissingKeyError for a future in an object whose task is gone) its future raises.
+            Small calls are sent some milliseconds later, together. What Redis has against one its future
+            raises: StoreFullError, or MissingKeyError for a future in an object whose task is gone.
         """
         if not callable(func):
             raise TypeError(f"submit wants a function and its arguments, not {func!r}")

@@ -21,8 +21,8 @@ app.conf.update(
     task_ignore_result=True,
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
-    # A lost ticket is replaced, so nobody keeps books of what was received. They would be one more thing to write
-    # to a full Redis, which ends a Celery worker when it refuses.
+    # A lost ticket is replaced, so nobody keeps books of what was received. They would be one more thing to
+    # write to a full Redis, which ends a Celery worker when it refuses.
     broker_transport_options={"ack_emulation": False},
     worker_hijack_root_logger=True,
 )

@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from celery_mem.state.store import Done, Failed, Taken
 
 
 class Reports(NamedTuple):
-    """What Redis is to be told: completions, failures, and tasks that are handed back."""
+    """What Redis is to be told: completions, failures, and tasks that are handed back.
+
+    `kept` are results with futures inside, which pin those until Redis knows that the results do.
+    """
 
     done: list[Done]
     failed: list[Failed]
     back: list[Taken]
+    kept: list[Any]
 
 
 class Batch:
@@ -28,7 +32,7 @@ class Batch:
         self._waiting: deque[Taken] = deque()
         self._running: dict[str, Taken] = {}  # by attempt; one runs, the others wait for tasks
         self._since = 0.0  # when the last task began or ended
-        self._reports = Reports([], [], [])
+        self._reports = Reports([], [], [], [])
 
     def begin(self, taken: list[Taken]) -> None:
         """Take up tasks."""
@@ -47,8 +51,8 @@ class Batch:
             self._since = time.monotonic()
             return task
 
-    def add(self, task: Taken, outcome: Done | Failed) -> None:
-        """Record what came of a task."""
+    def add(self, task: Taken, outcome: Done | Failed, keep: Any = None) -> None:
+        """Record what came of a task; `keep` lives until the report is sent."""
         with self._lock:
             self._running.pop(task.attempt, None)
             self._since = time.monotonic()
@@ -56,6 +60,8 @@ class Batch:
                 self._reports.done.append(outcome)
             else:
                 self._reports.failed.append(outcome)
+            if keep is not None:
+                self._reports.kept.append(keep)
 
     def give_up(self, task: Taken) -> None:
         """Hand back a task that was broken off."""
@@ -85,8 +91,9 @@ class Batch:
     def restore(self, reports: Reports) -> None:
         """Undo a drain whose reports did not arrive; what was to be handed back still is."""
         with self._lock:
-            for kept, more in zip(self._reports, reports, strict=True):
-                kept[:0] = more  # type: ignore[index]
+            mine: list[Any]
+            for mine, more in zip(self._reports, reports, strict=True):
+                mine[:0] = more
 
     def is_running(self, task: Taken) -> bool:
         """Tell whether this attempt runs here now."""
@@ -102,8 +109,8 @@ class Batch:
         return not (self._waiting or any(self._reports))
 
     def _drain(self) -> Reports:
-        done, failed, back = self._reports
-        reports = Reports(done, failed, [*back, *self._waiting])
-        self._reports = Reports([], [], [])
+        done, failed, back, kept = self._reports
+        reports = Reports(done, failed, [*back, *self._waiting], kept)
+        self._reports = Reports([], [], [], [])
         self._waiting.clear()
         return reports

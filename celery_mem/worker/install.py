@@ -22,18 +22,25 @@ ACK_RETRY_S = 1.0
 
 
 class TicketRequest(Request):  # type: ignore[misc]
-    """A ticket in the worker's main process. Celery ends the worker if a message cannot be acknowledged."""
+    """A ticket in the worker's main process, which would end if its message could not be acknowledged."""
+
+    acknowledged: bool
 
     def acknowledge(self) -> None:
         """Tell the broker that the ticket is done; again and again while a full Redis refuses."""
-        try:
+        hub: Any = get_event_loop()
+        if hub is None:
             super().acknowledge()
+        elif not self.acknowledged:
+            self.acknowledged = True
+            hub.call_soon(self._acknowledge, hub)
+
+    def _acknowledge(self, hub: Any) -> None:
+        try:
+            self.message.ack_log_error(log, self.connection_errors)
         except ResponseError as error:
-            hub = get_event_loop()
-            if hub is None:
-                raise
             log.warning("the broker refuses to hear that a ticket is done: %s", error)
-            hub.call_later(ACK_RETRY_S, self.acknowledge)
+            hub.call_later(ACK_RETRY_S, self._acknowledge, hub)
 
 
 def install(app: Celery, **settings: Any) -> Celery:

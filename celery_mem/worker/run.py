@@ -40,10 +40,12 @@ class Report(NamedTuple):
     Attributes:
         outcome: its completion or its failure.
         seconds: how long the call took.
+        keep: the result, if futures are inside: until Redis has the report, only this object pins them.
     """
 
     outcome: Done | Failed
     seconds: float
+    keep: Any
 
 
 class TaskRunner:
@@ -69,6 +71,7 @@ class TaskRunner:
         """
         started = time.perf_counter()
         outcome: Done | Failed
+        keep = None
         try:
             func = self._function(task.function)
             started = time.perf_counter()
@@ -79,11 +82,12 @@ class TaskRunner:
                 outcome = _failure(task, error)
             else:
                 outcome = self._store_result(task, result)
+                keep = result if outcome.contains else None
         except (WorkerShutdown, WorkerTerminate, RedisUnavailableError):
             raise
         except BaseException as error:
             outcome = _failure(task, error)
-        return Report(outcome, time.perf_counter() - started)
+        return Report(outcome, time.perf_counter() - started, keep)
 
     def _function(self, name: str) -> Callable[..., Any]:
         func = self._functions.get(name)

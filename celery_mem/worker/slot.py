@@ -1,8 +1,8 @@
 """The slot loop: one place of a node where tasks run, for as long as a ticket lends it to the graph.
 
 Runner and watcher share the batch: the runner takes tasks from its head; when one turns out long, the watcher
-reports what is done and hands back what has not begun, so that no other slot waits for it. When a task waits for
-other tasks, a further thread drives the slot meanwhile: the only slot may be the one that those others need.
+reports what is done and hands back what has not begun, so that no other slot waits for it. When a task waits
+for other tasks, a further thread drives the slot meanwhile: the only slot may be the one that those need.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class Slot:
         self._wake = Link.connect(settings, blocking=True)
         self._batch = Batch()
         self._turns = Turns()
-        # Held from taking reports out of the batch until Redis has them: so at any step this slot owns what runs
-        # now and what the step names, nothing else.
+        # Held from taking reports out of the batch until Redis has them: so at any step this slot owns what
+        # runs now and what the step names, nothing else.
         self._reporting = threading.Lock()
         self._helpers: set[threading.Thread] = set()
         self._watcher: threading.Thread | None = None
         self._closed = False
         self._was_useful = True
-        self._is_cut_off = False  # the broker did not take the last tickets
+        self._cut_off_until = 0.0  # until then, tickets that the broker did not take count as on their way
 
     def run_ticket(self, ticket: str) -> int:
         """Run tasks until the slice is over or nothing came for the linger time; returns how many ran.
@@ -101,9 +101,9 @@ class Slot:
             if taken:
                 ran += self._run(driver, taken)
                 mode = ""
-            elif leaving and self._is_cut_off:
-                # No slot can be called, as when Redis is full and the broker's too. Those that run must go on:
-                # what they get done may be what frees memory.
+            elif leaving and time.monotonic() < self._cut_off_until:
+                # Slots cannot be called, as when Redis is full and with it the broker. Those that run must go
+                # on: what they get done may be what frees memory.
                 end = time.monotonic() + self.settings.slice
                 mode = ""
             elif leaving or "l" in mode:
@@ -145,7 +145,8 @@ class Slot:
                 if done.key in late and done.kind == "b":
                     self.store.link.call("UNLINK", self.store.keys.blob(done.attempt, done.key))
         if step.tickets.ids:
-            self._is_cut_off = not self.send_tickets(step.tickets)
+            sent = self.send_tickets(step.tickets)
+            self._cut_off_until = 0.0 if sent else time.monotonic() + self.settings.ticket_lease
         return step.taken
 
     def _wait_for_work(self, driver: Driver) -> bool:
@@ -175,8 +176,9 @@ class Slot:
                 raise
             finally:
                 driver.task = None
-            batch.add(task, report.outcome)
+            batch.add(task, report.outcome, report.keep)
             self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
+            del report  # and with it the result, which the batch keeps for as long as it must
             ran += 1
             self._turns.pass_on(driver)
         return ran
@@ -204,7 +206,7 @@ class Slot:
     # --- for tasks that wait for tasks ---
 
     def help_until(self, driver: Driver, wait: Wait, timeout: float | None) -> bool:
-        """Wait inside a task of `driver`, and have another thread drive meanwhile; returns what `wait` returns.
+        """Wait inside a task of `driver`, while another thread drives; returns what `wait` returns.
 
         The task goes on when nothing else of this slot runs: then that thread has come to the end of what it
         was running, or that waits in its turn.

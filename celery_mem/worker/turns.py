@@ -1,4 +1,4 @@
-"""One task at a time, though several may have begun: a task that waits for others gives up its turn meanwhile."""
+"""One task at a time, though several may have begun: one that waits for others gives up its turn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Driver:
 
 
 class Turns:
-    """Which of a slot's drivers may run. One whose task can go on comes before one that would begin another."""
+    """Which of a slot's drivers may run. One whose task can go on comes before one that would begin one."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()

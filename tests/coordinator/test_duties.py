@@ -46,7 +46,14 @@ class Scene:
 
     def submit(self, *keys: str, chain: bool = False, hold: bool = True) -> None:
         tasks = [
-            NewTask(key, "f", b"payload", deps=keys[i - 1 : i] if chain else (), order=i, hold=hold or key == keys[-1])
+            NewTask(
+                key,
+                "f",
+                b"payload",
+                deps=keys[i - 1 : i] if chain else (),
+                order=i,
+                hold=hold or key == keys[-1],
+            )
             for i, key in enumerate(keys)
         ]
         self.store.submit("alice", 1, tasks, [("f", b"code")])
@@ -84,7 +91,9 @@ def test_a_standby_takes_over_as_soon_as_the_leader_resigns(scene: Scene) -> Non
 def test_a_leader_that_was_away_too_long_writes_nothing(scene: Scene) -> None:
     scene.submit("a", "b")
     scene.run()
-    scene.store.link.call("UNLINK", scene.store.keys.fixed("leader"))  # its lease ran out while it was stopped
+    scene.store.link.call(
+        "UNLINK", scene.store.keys.fixed("leader")
+    )  # its lease ran out while it was stopped
     second = Coordinator(scene.store, scene.note)
     second.run_once(0)
     assert second.is_leading
@@ -213,7 +222,9 @@ def test_freeing_goes_on_where_a_call_spent_its_budget(make_store: MakeStore) ->
     assert audit(scene.store) == []
 
 
-def test_an_error_that_reaches_more_tasks_than_one_call_may_visit_reaches_them_all(make_store: MakeStore) -> None:
+def test_an_error_that_reaches_more_tasks_than_one_call_may_visit_reaches_them_all(
+    make_store: MakeStore,
+) -> None:
     scene = Scene(make_store(sweep_budget=2))
     keys = [f"k{i}" for i in range(30)]
     scene.submit(*keys, chain=True, hold=False)

@@ -9,14 +9,16 @@ from tests import tasks
 
 
 class Graph:
-    """Layers of tasks, each adding up some of the layer before; the sums go through large results now and then.
+    """Layers of tasks, each adding up some of the layer before; sums go through large results now and then.
 
     Args:
         url: where the tasks count their runs.
         name: beginning of the names under which they do.
     """
 
-    def __init__(self, client: Client, url: str, name: str, *, seed: int, layers: int = 5, width: int = 40) -> None:
+    def __init__(
+        self, client: Client, url: str, name: str, *, seed: int, layers: int = 5, width: int = 40
+    ) -> None:
         chance = random.Random(seed)
         self.futures: list[Future] = []
         self.values: list[int] = []
@@ -29,7 +31,9 @@ class Graph:
                 seconds = 0.1 if chance.random() < 0.02 else 0.002
                 task = f"{name}-{layer}-{i}"
                 own = layer * 1000 + i
-                future = client.submit(tasks.counted, (url, task), own, *(below[j] for j in chosen), seconds=seconds)
+                future = client.submit(
+                    tasks.counted, (url, task), own, *(below[j] for j in chosen), seconds=seconds
+                )
                 value = own + sum(values[j] for j in chosen)
                 if chance.random() < 0.2:
                     large = client.submit(tasks.large, (url, f"{task}-large"), 3000, own % 200)

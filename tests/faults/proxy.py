@@ -12,8 +12,8 @@ from typing import Self
 class Proxy:
     """Listens on a loopback port and forwards to a Redis on a unix socket.
 
-    Every connection, by its number, is given a direction and a number of bytes; when so many have gone that way, it
-    is cut: Redis may have got half a command, or carried one out of whose reply the caller gets half.
+    Every connection, by its number, is given a direction and a number of bytes; when so many have gone that
+    way, it is cut: Redis may have got half a command, or carried one out of whose reply the caller gets half.
 
     Args:
         path: the socket.

@@ -26,7 +26,9 @@ def deployment() -> Iterator[Deployment]:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_graph_is_computed_once_and_right_over_connections_that_break(deployment: Deployment, seed: int) -> None:
+def test_a_graph_is_computed_once_and_right_over_connections_that_break(
+    deployment: Deployment, seed: int
+) -> None:
     deployment.forget_runs()
     with Proxy(deployment.url.removeprefix("unix://"), seed=seed, mean=12_000) as proxy:
         broken = {"CELERY_MEM_URL": proxy.url}
@@ -57,8 +59,7 @@ def test_the_proxy_cuts_where_it_is_told_to(deployment: Deployment) -> None:
     with Proxy(path, seed=0, mean=50) as proxy:
         once = Redis.from_url(proxy.url, retry=Retry(NoBackoff(), 0))
         with pytest.raises(ConnectionError):
-            for _ in range(100):
-                once.get("x")
+            [once.get("x") for _ in range(100)]
         assert proxy.n_cuts > 0
         proxy.calm()
         assert Redis.from_url(proxy.url).get("x") == b"y" * 100_000

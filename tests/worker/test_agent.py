@@ -92,7 +92,9 @@ def test_a_task_that_ends_too_many_processes_errs_and_is_named(space: Space, age
     for i in range(allowed + 1):
         assert space.store.step(f"node|{os.getpid()}-1.{i}", "node").taken
         agent.bury()
-    with pytest.raises(KilledWorkerError, match=rf"task poison ended its worker process {allowed + 1} times") as info:
+    with pytest.raises(
+        KilledWorkerError, match=rf"task poison ended its worker process {allowed + 1} times"
+    ) as info:
         future.result(timeout=10)
     assert info.value.keys == ("poison",)
     assert "mem_allowed_failures" in str(info.value)
@@ -143,7 +145,9 @@ def test_the_agent_signs_the_node_off_when_the_last_of_its_slots_has_ended(
     assert space.store.link.call("ZCARD", space.store.keys.fixed("nodes")) == 0
 
 
-def test_the_agent_of_a_worker_that_was_replaced_leaves_the_new_ones_node_alone(space: Space, agent: Agent) -> None:
+def test_the_agent_of_a_worker_that_was_replaced_leaves_the_new_ones_node_alone(
+    space: Space, agent: Agent
+) -> None:
     space.store.heartbeat("node", **(NEWS | {"pid": "1"}))
     assert agent._sign_off()
     assert space.store.link.call("ZCARD", space.store.keys.fixed("nodes")) == 1

@@ -134,7 +134,9 @@ def test_what_a_task_submits_runs_before_what_waited_already(space: Space, run_t
     assert max(ran) <= 20
 
 
-def test_what_is_behind_a_waiting_task_in_its_batch_is_not_held_up(space: Space, run_ticket: RunTicket) -> None:
+def test_what_is_behind_a_waiting_task_in_its_batch_is_not_held_up(
+    space: Space, run_ticket: RunTicket
+) -> None:
     run_ticket()
     slot = tickets._local.slot
     slot.seconds_per_task = 1e-6
@@ -153,7 +155,9 @@ def whose_context() -> str:
     return here.get()
 
 
-def test_a_task_that_runs_while_another_waits_does_not_see_its_context(space: Space, run_ticket: RunTicket) -> None:
+def test_a_task_that_runs_while_another_waits_does_not_see_its_context(
+    space: Space, run_ticket: RunTicket
+) -> None:
     future = space.submit(wait_in_my_context, 1)
     run_ticket()
     assert future.result(timeout=10) == "nobody's"
@@ -207,7 +211,9 @@ def test_below_a_certain_depth_a_task_waits_without_helping(
     assert future.result(timeout=10) == 2
 
 
-def test_a_future_inside_an_object_arrives_bound_to_the_workers_client(space: Space, run_ticket: RunTicket) -> None:
+def test_a_future_inside_an_object_arrives_bound_to_the_workers_client(
+    space: Space, run_ticket: RunTicket
+) -> None:
     class Box:
         def __init__(self, future: Any) -> None:
             self.future = future

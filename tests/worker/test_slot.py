@@ -98,7 +98,10 @@ def spy_reads(slot: Slot) -> list[Any]:
 def test_a_ticket_without_work_ends_after_the_linger_time_and_leaves_nothing(space: Space) -> None:
     assert space.slot().run_ticket("1") == 0
     contents = read(space.store)
-    assert not (contents.slots or contents.idle or contents.node_slots or contents.wake)
+    assert not contents.slots
+    assert not contents.idle
+    assert not contents.node_slots
+    assert not contents.wake
 
 
 def test_a_waiting_slot_is_woken_by_new_work(space: Space) -> None:
@@ -362,7 +365,7 @@ def test_a_module_that_the_worker_does_not_have_is_named(space: Space) -> None:
 
 
 def lose_reply(slot: Slot, when: Callable[[Any], bool]) -> list[Any]:
-    """Have Redis carry out the first step for which `when` holds, and its reply lost; returns what was lost."""
+    """Have the reply lost of the first step for which `when` holds; returns what was lost."""
     lost: list[Any] = []
     once = slot.store.link._batch_once
 

@@ -94,7 +94,9 @@ def test_a_task_whose_inputs_cannot_be_read_for_long_is_handed_back_and_has_not_
     mended.set()
 
 
-def test_after_a_reset_of_the_namespace_a_slot_begins_anew(space: Space, run_ticket: Callable[[], int]) -> None:
+def test_after_a_reset_of_the_namespace_a_slot_begins_anew(
+    space: Space, run_ticket: Callable[[], int]
+) -> None:
     run_ticket()
     first = tickets._local.slot
     delete_namespace(space.store)

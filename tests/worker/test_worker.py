@@ -122,14 +122,18 @@ def test_a_child_that_is_killed_has_its_task_run_again(deployment: Deployment, c
     assert deployment.runs() == {"victim": 2}
 
 
-def test_a_task_that_kills_too_many_children_errs_and_is_named(deployment: Deployment, client: Client) -> None:
+def test_a_task_that_kills_too_many_children_errs_and_is_named(
+    deployment: Deployment, client: Client
+) -> None:
     future = client.submit(tasks.die, (deployment.url, "poison"), 1000, key="the-poison")
     with pytest.raises(KilledWorkerError, match="task the-poison ended its worker process 2 times"):
         future.result(timeout=60)
     assert deployment.runs() == {"poison": 2}
 
 
-def test_an_agent_is_small_and_a_new_one_is_started_if_it_is_killed(deployment: Deployment, client: Client) -> None:
+def test_an_agent_is_small_and_a_new_one_is_started_if_it_is_killed(
+    deployment: Deployment, client: Client
+) -> None:
     pid = deployment.pid("w0")
     first = agent_of(pid)
     assert first.memory_info().rss < 40e6
@@ -142,7 +146,9 @@ def test_an_agent_is_small_and_a_new_one_is_started_if_it_is_killed(deployment: 
     assert client.submit(tasks.inc, 1).result(timeout=60) == 2
 
 
-def test_connections_of_every_kind_that_are_cut_under_load_come_back(deployment: Deployment, client: Client) -> None:
+def test_connections_of_every_kind_that_are_cut_under_load_come_back(
+    deployment: Deployment, client: Client
+) -> None:
     where = [(deployment.url, f"n{i}") for i in range(300)]
     futures = client.map(tasks.counted, where, range(300), seconds=0.01)
     for _ in range(3):
@@ -155,7 +161,9 @@ def test_connections_of_every_kind_that_are_cut_under_load_come_back(deployment:
     assert client.submit(tasks.inc, 1).result(timeout=60) == 2
 
 
-def test_a_warm_shutdown_ends_after_what_runs_and_loses_nothing(deployment: Deployment, client: Client) -> None:
+def test_a_warm_shutdown_ends_after_what_runs_and_loses_nothing(
+    deployment: Deployment, client: Client
+) -> None:
     deployment.start_worker("w1", app=APP, slots=2)
     pid = deployment.pid("w1")
     left = [*children_of(pid), psutil.Process(pid)]
@@ -169,7 +177,9 @@ def test_a_warm_shutdown_ends_after_what_runs_and_loses_nothing(deployment: Depl
     assert client.gather(futures, timeout=60) == list(range(300))
     assert ran_once(deployment, [f"n{i}" for i in range(300)])
     assert all(wait_until_ended(p.pid) for p in left), "an orphan"
-    deployment.wait_until(lambda: list(client.info()["nodes"]) == [deployment.node("w0")], "the node to leave")
+    deployment.wait_until(
+        lambda: list(client.info()["nodes"]) == [deployment.node("w0")], "the node to leave"
+    )
 
 
 def test_a_worker_whose_main_process_is_killed_is_replaced_by_one_of_the_same_name(
@@ -218,7 +228,9 @@ def test_what_a_node_that_vanished_whole_was_running_runs_elsewhere_after_its_le
 @pytest.mark.parametrize("name", ["gevent", "eventlet"])
 def test_a_pool_of_green_threads_is_refused(name: str) -> None:
     green: Any = type("TaskPool", (), {"__module__": f"celery.concurrency.{name}"})
-    with pytest.raises(UnsupportedPoolError, match=rf"prefork, threads and solo, not on {name}; .*--pool=prefork"):
+    with pytest.raises(
+        UnsupportedPoolError, match=rf"prefork, threads and solo, not on {name}; .*--pool=prefork"
+    ):
         supported_pool(green)
 
 
@@ -291,5 +303,5 @@ def test_a_module_that_only_the_client_has_is_named(
 
     from celery_mem.errors import DeserializationError
 
-    with pytest.raises(DeserializationError, match="'only_here'.*install it on every worker"):
+    with pytest.raises(DeserializationError, match=r"'only_here'.*install it on every worker"):
         single.client.submit(only_here.f).result(timeout=60)
