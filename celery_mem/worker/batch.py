@@ -91,9 +91,11 @@ class Batch:
     def restore(self, reports: Reports) -> None:
         """Undo a drain whose reports did not arrive; what was to be handed back still is."""
         with self._lock:
-            mine: list[Any]
-            for mine, more in zip(self._reports, reports, strict=True):
-                mine[:0] = more
+            mine = self._reports
+            mine.done[:0] = reports.done
+            mine.failed[:0] = reports.failed
+            mine.back[:0] = reports.back
+            mine.kept[:0] = reports.kept
 
     def is_running(self, task: Taken) -> bool:
         """Tell whether this attempt runs here now."""
