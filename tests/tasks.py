@@ -10,13 +10,18 @@ from typing import Any
 from uuid import uuid4
 
 from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 Where = tuple[str, str]
 
 
 @functools.cache
 def _redis(url: str, pid: int) -> Redis:
-    return Redis.from_url(url, protocol=2, socket_timeout=120)
+    patient = Retry(ConstantBackoff(0.1), 300)  # tests kill Redis under the feet of their tasks
+    return Redis.from_url(url, protocol=2, socket_timeout=120, retry=patient)
 
 
 def redis_of(url: str) -> Redis:

@@ -17,7 +17,7 @@ from celery_mem.coordinator.duty import Duty
 from celery_mem.coordinator.freeing import Freeing
 from celery_mem.coordinator.nodes import NodeLeases
 from celery_mem.coordinator.tickets import TicketCalls
-from celery_mem.errors import CeleryMemError, FencedError, NamespaceResetError
+from celery_mem.errors import CeleryMemError, FencedError, NamespaceResetError, RedisUnavailableError
 from celery_mem.state.store import Store, Tickets
 
 if TYPE_CHECKING:
@@ -66,6 +66,10 @@ class Coordinator:
                 except FencedError as error:
                     log.warning("fenced: %s", error)
                     self._term = ""
+                except (RedisUnavailableError, NamespaceResetError):
+                    raise
+                except Exception:  # the other duties are not to suffer for it
+                    log.exception("duty %s failed", duty.name)
                 self._due[duty.name] = now_s + duty.every_s
         return report
 

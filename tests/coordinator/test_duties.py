@@ -254,6 +254,20 @@ def test_one_run_of_a_duty_is_bounded(make_store: MakeStore) -> None:
     assert scene.states() == {}
 
 
+def test_a_duty_that_fails_does_not_keep_the_others_from_theirs(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> int:
+        raise ValueError("what nobody thought of")
+
+    scene.submit("a")
+    monkeypatch.setattr(scene.coordinator.duties[0], "run_once", fail)
+    scene.run()
+    scene.pass_time(scene.store.settings.client_lease + 1)
+    assert sorted(scene.run()) == ["clients", "nodes", "tickets"]
+    assert scene.states() == {}
+
+
 @pytest.fixture
 def running(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A coordinator that runs in a thread."""

@@ -179,7 +179,7 @@ def test_a_long_task_in_a_batch_holds_up_neither_those_before_it_nor_those_behin
     before = space.map(note, [1, 2, 3])
     long = space.submit(pass_door, "long")
     behind = space.map(note, [4, 5, 6])
-    one, two = space.slot(), space.slot(linger=5)
+    one, two = space.slot(), space.slot(linger=1)
     take_many(one)
     space.in_thread(lambda: one.run_ticket("1"))
     wait_until(lambda: "at long" in ran, "the long task to run")

@@ -80,7 +80,7 @@ def test_an_apps_own_tasks_work_beside_ours(deployment: Deployment, client: Clie
 def test_own_tasks_get_their_turn_while_the_graph_would_keep_all_slots_busy(
     deployment: Deployment, client: Client, shop: Celery
 ) -> None:
-    futures = client.map(tasks.counted, [(deployment.url, f"n{i}") for i in range(400)], seconds=0.02)
+    futures = client.map(tasks.counted, [(deployment.url, f"n{i}") for i in range(250)], seconds=0.02)
     wait_until(deployment.runs, "the graph to run")
     waits = []
     for i in range(3):
@@ -90,15 +90,15 @@ def test_own_tasks_get_their_turn_while_the_graph_would_keep_all_slots_busy(
     assert not all(f.done() for f in futures), "the graph was done before the own tasks"
     assert min(waits) < 3 * SLICE_S
     client.gather(futures)
-    assert ran_once(deployment, [f"n{i}" for i in range(400)])
+    assert ran_once(deployment, [f"n{i}" for i in range(250)])
 
 
 def test_children_that_end_after_a_few_tickets_lose_nothing(deployment: Deployment, client: Client) -> None:
     before = set(children_of(deployment.pid("w0")))
-    where = [(deployment.url, f"n{i}") for i in range(600)]
-    futures = client.map(tasks.counted, where, range(600), seconds=0.01)
-    assert client.gather(futures) == list(range(600))
-    assert ran_once(deployment, [f"n{i}" for i in range(600)])
+    where = [(deployment.url, f"n{i}") for i in range(400)]
+    futures = client.map(tasks.counted, where, range(400), seconds=0.01)
+    assert client.gather(futures) == list(range(400))
+    assert ran_once(deployment, [f"n{i}" for i in range(400)])
     wait_until(
         lambda: len(before - set(children_of(deployment.pid("w0")))) >= 2, "both children to be replaced"
     )
@@ -297,11 +297,11 @@ def test_large_results_travel_on_every_pool(single: SimpleNamespace) -> None:
 def test_a_module_that_only_the_client_has_is_named(
     single: SimpleNamespace, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "only_here.py").write_text("def f(): return 1\n")
+    (tmp_path / "no_worker_has_it.py").write_text("def f(): return 1\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    import only_here
+    import no_worker_has_it
 
     from celery_mem.errors import DeserializationError
 
-    with pytest.raises(DeserializationError, match=r"'only_here'.*install it on every worker"):
-        single.client.submit(only_here.f).result(timeout=60)
+    with pytest.raises(DeserializationError, match=r"'no_worker_has_it'.*install it on every worker"):
+        single.client.submit(no_worker_has_it.f).result(timeout=60)
