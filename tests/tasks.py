@@ -12,8 +12,6 @@ from uuid import uuid4
 from redis import Redis
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
-from redis.backoff import ConstantBackoff
-from redis.retry import Retry
 
 Where = tuple[str, str]
 

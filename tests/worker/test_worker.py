@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,7 @@ def deployment() -> Iterator[Deployment]:
     """Workers of an app with tasks of its own, whose children end after every few tickets."""
     with Deployment(slice=SLICE_S, node_lease=2.0, ticket_lease=2.0, allowed_failures=1) as it:
         it.start_coordinator()
-        it.start_worker("w0", "--max-tasks-per-child", "4", app=APP, slots=2)
+        it.start_worker("w0", "--max-tasks-per-child", "2", app=APP, slots=2)
         yield it
 
 
@@ -58,9 +59,13 @@ def children_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children()
 
 
-def agent_of(pid: int) -> psutil.Process:
-    (agent,) = [p for p in children_of(pid) if "celery_mem.worker.agent" in p.cmdline()]
-    return agent
+def agents_of(pid: int) -> list[psutil.Process]:
+    found = []
+    for process in children_of(pid):
+        with suppress(psutil.NoSuchProcess):  # a zombie, say
+            if "celery_mem.worker.agent" in process.cmdline():
+                found.append(process)
+    return found
 
 
 def ran_once(deployment: Deployment, names: list[str]) -> bool:
@@ -80,17 +85,18 @@ def test_an_apps_own_tasks_work_beside_ours(deployment: Deployment, client: Clie
 def test_own_tasks_get_their_turn_while_the_graph_would_keep_all_slots_busy(
     deployment: Deployment, client: Client, shop: Celery
 ) -> None:
-    futures = client.map(tasks.counted, [(deployment.url, f"n{i}") for i in range(250)], seconds=0.02)
+    # More than a busy machine gets done in the time of this test; what is left is released at its end.
+    futures = client.map(tasks.counted, [(deployment.url, f"n{i}") for i in range(2000)], seconds=0.02)
     wait_until(deployment.runs, "the graph to run")
     waits = []
     for i in range(3):
         started = time.monotonic()
         assert shop.send_task("tests.worker.shop.price", (i,)).get(timeout=60) == 3 * i
         waits.append(time.monotonic() - started)
-    assert not all(f.done() for f in futures), "the graph was done before the own tasks"
+    assert not all(f.done() for f in futures)
     assert min(waits) < 3 * SLICE_S
-    client.gather(futures)
-    assert ran_once(deployment, [f"n{i}" for i in range(250)])
+    del futures
+    assert set(deployment.runs().values()) == {1}
 
 
 def test_children_that_end_after_a_few_tickets_lose_nothing(deployment: Deployment, client: Client) -> None:
@@ -135,14 +141,10 @@ def test_an_agent_is_small_and_a_new_one_is_started_if_it_is_killed(
     deployment: Deployment, client: Client
 ) -> None:
     pid = deployment.pid("w0")
-    first = agent_of(pid)
+    (first,) = agents_of(pid)
     assert first.memory_info().rss < 40e6
     first.kill()
-    second = wait_until(
-        lambda: [p for p in children_of(pid) if p != first and "celery_mem.worker.agent" in p.cmdline()],
-        "another agent",
-    )
-    assert len(second) == 1
+    wait_until(lambda: [p for p in agents_of(pid) if p != first], "another agent")
     assert client.submit(tasks.inc, 1).result(timeout=60) == 2
 
 
