@@ -48,6 +48,13 @@ def counted(where: Where, *xs: Any, seconds: float = 0) -> Any:
     return sum(xs)
 
 
+def counted_here(where: Where, seconds: float) -> int:
+    """Count this run, take a while, return the process that ran it."""
+    note(where)
+    time.sleep(seconds)
+    return os.getpid()
+
+
 def nap(seconds: float, x: Any) -> Any:
     time.sleep(seconds)
     return x

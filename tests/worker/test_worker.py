@@ -100,14 +100,9 @@ def test_own_tasks_get_their_turn_while_the_graph_would_keep_all_slots_busy(
 
 
 def test_children_that_end_after_a_few_tickets_lose_nothing(deployment: Deployment, client: Client) -> None:
-    before = set(children_of(deployment.pid("w0")))
-    where = [(deployment.url, f"n{i}") for i in range(400)]
-    futures = client.map(tasks.counted, where, range(400), seconds=0.01)
-    assert client.gather(futures) == list(range(400))
+    futures = client.map(tasks.counted_here, [(deployment.url, f"n{i}") for i in range(400)], seconds=0.01)
+    assert len(set(client.gather(futures))) > 3
     assert ran_once(deployment, [f"n{i}" for i in range(400)])
-    wait_until(
-        lambda: len(before - set(children_of(deployment.pid("w0")))) >= 2, "both children to be replaced"
-    )
 
 
 def test_tickets_that_wait_behind_long_tasks_of_the_app_are_replaced_and_do_no_harm(
