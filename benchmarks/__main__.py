@@ -46,13 +46,23 @@ def _names_of(known: Mapping[str, object]) -> Callable[[str], list[str]]:
     return names
 
 
+def present(contenders: list[str]) -> list[str]:
+    """Those that can run here; the others are named in a line each."""
+    lacks = {name: CONTENDERS[name].missing() for name in contenders}
+    for name, module in lacks.items():
+        if module:
+            print(f"{name} is left out: there is no {module} to import here")
+    return [name for name, module in lacks.items() if not module]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run and print; exit code 2 after a failure or a wrong value, 1 after a missed target if `--strict`."""
     args = parse(argv)
     machine = report.machine()
+    contenders = present(args.contenders)
     started = time.monotonic()
     outcome = alternate(
-        args.contenders,
+        contenders,
         args.only,
         reps=args.reps,
         scale=args.scale,
@@ -77,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
             "scale": args.scale,
             "workers": N_WORKERS,
             "machine": machine,
-            "contenders": args.contenders,
+            "contenders": contenders,
             "workloads": args.only,
         }
         args.json.write_text(json.dumps(report.as_json(outcome, lines, settings), indent=1) + "\n")

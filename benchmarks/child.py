@@ -15,8 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.checks import check_equal
 from benchmarks.contenders import CONTENDERS, Contender
-from benchmarks.workloads import WORKLOADS, check_equal, inc
+from benchmarks.memory import PeakMemory
+from benchmarks.workloads import WORKLOADS, inc
 
 
 def run(contender: Contender, names: list[str], scale: float, record: Callable[..., None]) -> None:
@@ -32,14 +34,22 @@ def run(contender: Contender, names: list[str], scale: float, record: Callable[.
         record(versions=contender.versions())
         for name in names:
             workload = WORKLOADS[name]
-            if workload.measure is None:
+            if name == "startup":
                 record(workload=name, value=startup_s)
                 continue
-            if workload.warm_up:
-                workload.measure(contender, workload.scaled(scale * workload.warm_up))
+            source = WORKLOADS[workload.peak_of or name]
+            assert source.measure is not None
+            if source.warm_up and workload.peak_of not in names:  # else it has just run
+                source.measure(contender, source.scaled(scale * source.warm_up))
             contender.drain()
             gc.collect()
-            record(workload=name, value=workload.measure(contender, workload.scaled(scale)))
+            if workload.peak_of:
+                contender.memory = peak = PeakMemory(contender.shared_files)
+                source.measure(contender, source.scaled(scale))
+                value = peak.mib
+            else:
+                value = source.measure(contender, source.scaled(scale))
+            record(workload=name, value=value)
             contender.drain()
     finally:
         contender.stop()

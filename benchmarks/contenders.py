@@ -1,14 +1,19 @@
 """Who is measured: how each system is started, driven and stopped.
 
 A contender offers the few verbs below, and workloads are written in these alone. The two systems
-with futures of the same shape share `FuturesContender`; a system with another vocabulary (a `ray`
-one, say) implements the verbs by itself and leaves out those that it has no counterpart for.
+with futures of the same shape share `FuturesContender`; `Ray`, with a vocabulary of its own,
+implements the verbs by itself.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 N_WORKERS = 2  # processes of one thread each, for every contender
@@ -22,6 +27,15 @@ class Contender:
     """
 
     name: ClassVar[str]
+    shared_files: ClassVar[str] = ""  # glob of files in shared memory that no process need have mapped
+
+    # Around what a workload times: a PeakMemory in a run that is for that, otherwise nothing.
+    memory: AbstractContextManager[Any] = nullcontext()
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """What is not installed and keeps this contender out of a run."""
+        return None
 
     def load(self) -> None:
         """Import what `start` needs, so that startup times a cluster and not an import."""
@@ -59,12 +73,32 @@ class Contender:
         """Wait for many values, in the order given."""
         raise NotImplementedError
 
+    def wait(self, references: list[Any]) -> None:
+        """Wait until all tasks are done, and fetch nothing."""
+        raise NotImplementedError
+
+    def scatter(self, values: list[Any]) -> list[Any]:
+        """Put values on the cluster, none of them looked at for whether it is there already."""
+        raise NotImplementedError
+
     def compute(self, collection: Any) -> Any:
         """Compute one Dask collection to its value."""
         raise NotImplementedError
 
+    def persist(self, collection: Any) -> Any:
+        """Start to compute one Dask collection into the cluster; a collection of what becomes of it."""
+        raise NotImplementedError
+
     def drain(self) -> None:
         """Return when nothing is left of earlier work, so that it does not weigh on what follows."""
+        deadline = time.monotonic() + 30
+        while left := self.count_left():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} still keeps {left}, 30 s after the last was released")
+            time.sleep(0.005)
+
+    def count_left(self) -> int:
+        """What the system itself says that it keeps of tasks and results; 0 for nothing."""
         raise NotImplementedError
 
     def redis_used_memory(self) -> int:
@@ -97,25 +131,21 @@ class FuturesContender(Contender):
     def gather(self, references: list[Any]) -> list[Any]:
         return self.client.gather(references)
 
+    def scatter(self, values: list[Any]) -> list[Any]:
+        return self.client.scatter(values, hash=False)
+
     def compute(self, collection: Any) -> Any:
         return self.client.compute(collection).result()
 
-    def drain(self) -> None:
-        deadline = time.monotonic() + 30
-        while left := self.count_tasks():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.name} still keeps {left} tasks, 30 s after the last was released")
-            time.sleep(0.01)
-
-    def count_tasks(self) -> int:
-        """How many tasks the system keeps a record of."""
-        raise NotImplementedError
+    def persist(self, collection: Any) -> Any:
+        return self.client.persist(collection)
 
 
 class CeleryMem(FuturesContender):
     """celery-mem with its own LocalCluster: a private Redis, two prefork workers, a coordinator."""
 
     name = "celery-mem"
+    shared_files = "/dev/shm/celery-mem*/**"
 
     def load(self) -> None:
         from celery_mem import Client, LocalCluster  # noqa: F401
@@ -140,12 +170,23 @@ class CeleryMem(FuturesContender):
             "redis": str(self.client.info()["redis"]["version"]),
         }
 
-    def count_tasks(self) -> int:
-        return sum(self.client.info()["tasks"].values())
+    def wait(self, references: list[Any]) -> None:
+        from celery_mem import wait
+
+        wait(references)
+
+    def count_left(self) -> int:
+        info = self.client.info()
+        return sum(info["tasks"].values()) or node_memory_bytes(info)
 
     def redis_used_memory(self) -> int:
         memory = self.redis.info("memory")
         return int(memory["used_memory"]) - int(memory.get("mem_clients_normal", 0))
+
+
+def node_memory_bytes(info: dict[str, Any]) -> int:
+    """Bytes of results in the memory of nodes, as `Client.info()` tells; 0 where nodes tell nothing."""
+    return sum(node.get("nbytes", 0) for node in info["nodes"].values())
 
 
 class Distributed(FuturesContender):
@@ -175,7 +216,12 @@ class Distributed(FuturesContender):
 
         return {"dask": dask.__version__, "distributed": distributed.__version__}
 
-    def count_tasks(self) -> int:
+    def wait(self, references: list[Any]) -> None:
+        from distributed import wait
+
+        wait(references)
+
+    def count_left(self) -> int:
         return len(self.cluster.scheduler.tasks)
 
 
@@ -187,5 +233,93 @@ class DistributedTuned(Distributed):
     client_options: ClassVar[dict[str, Any]] = {"direct_to_workers": True}
 
 
-CONTENDERS: dict[str, type[Contender]] = {c.name: c for c in (CeleryMem, Distributed, DistributedTuned)}
-REFERENCES = (Distributed.name, DistributedTuned.name)  # ratios are to the faster of these
+class Ray(Contender):
+    """Ray as installed, without its dashboard: two workers, a raylet with the object store, a GCS.
+
+    Dask collections go through `ray.util.dask`, whose `persist` has to be told so.
+    """
+
+    name = "ray"
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return next((name for name in ("ray", "grpc") if importlib.util.find_spec(name) is None), None)
+
+    def load(self) -> None:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        import ray
+        import ray.util.dask
+
+        self.ray = ray
+        self.get = ray.util.dask.ray_dask_get
+        self.functions: dict[Callable[..., Any], Any] = {}
+
+    def start(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets are in it
+        self.ray.init(
+            address="local",
+            num_cpus=N_WORKERS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=self.folder,
+        )
+
+    def wait_ready(self) -> None:
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
+
+        self.gather(self.map(pid_after, [0.1] * N_WORKERS))
+        # What Ray's own `ray memory` asks, for its sums alone; the public figures lag by 100 ms.
+        [node] = self.ray.nodes()
+        channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+        stub = node_manager_pb2_grpc.NodeManagerServiceStub(channel)
+        request = node_manager_pb2.GetNodeStatsRequest(include_memory_info=False)
+        self.store_stats = lambda: stub.GetNodeStats(request, timeout=30).store_stats
+
+    def stop(self) -> None:
+        self.ray.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def versions(self) -> dict[str, str]:
+        return {"ray": self.ray.__version__}
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
+        remote = self.functions.get(function)
+        if remote is None:
+            remote = self.functions[function] = self.ray.remote(function)
+        return remote.remote(*args)
+
+    def map(self, function: Callable[..., Any], *iterables: Iterable[Any]) -> list[Any]:
+        return [self.submit(function, *args) for args in zip(*iterables, strict=True)]
+
+    def result(self, reference: Any) -> Any:
+        return self.ray.get(reference)
+
+    def gather(self, references: list[Any]) -> list[Any]:
+        return self.ray.get(references)
+
+    def wait(self, references: list[Any]) -> None:
+        self.ray.wait(references, num_returns=len(references), fetch_local=False)
+
+    def scatter(self, values: list[Any]) -> list[Any]:
+        return [self.ray.put(value) for value in values]
+
+    def compute(self, collection: Any) -> Any:
+        return collection.compute(scheduler=self.get)
+
+    def persist(self, collection: Any) -> Any:
+        return collection.persist(scheduler=self.get, ray_persist=True)
+
+    def count_left(self) -> int:
+        stats = self.store_stats()
+        return stats.num_local_objects or stats.object_store_bytes_used
+
+
+def pid_after(seconds: float) -> int:
+    """Long enough for one call on each worker, so that all of them must be there."""
+    time.sleep(seconds)
+    return os.getpid()
+
+
+CONTENDERS: dict[str, type[Contender]] = {c.name: c for c in (CeleryMem, Distributed, DistributedTuned, Ray)}

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,14 +57,23 @@ def alternate(
     for rep in range(reps):
         shift = rep % len(contenders)
         for contender in contenders[shift:] + contenders[:shift]:
-            names = [name for name in workloads if WORKLOADS[name].only in (None, contender)]
-            if names:
+            for names in clusters(name for name in workloads if WORKLOADS[name].only in (None, contender)):
                 entries, failure = _run_child(contender, names, scale, timeout_s)
                 _merge(outcome, contender, entries)
                 if failure:
                     outcome.failures.append(f"repetition {rep + 1}, {contender}: {failure}")
                 say(f"repetition {rep + 1}/{reps}  {contender:<18}  " + (_brief(entries) or "no figures"))
     return outcome
+
+
+def clusters(names: Iterable[str]) -> list[list[str]]:
+    """Which workloads share a cluster: all but those whose memory is a figure, for they need empty pools."""
+    groups: dict[str, list[str]] = {}
+    with_peak = {workload.peak_of for workload in WORKLOADS.values()}
+    for name in names:
+        of = WORKLOADS[name].peak_of or name
+        groups.setdefault(of if of in with_peak else "", []).append(name)
+    return list(groups.values())
 
 
 def _merge(outcome: Outcome, contender: str, entries: list[dict]) -> None:

@@ -1,4 +1,4 @@
-"""From samples to the table: medians, spread, ratios to the faster distributed, targets."""
+"""From samples to the table: medians, spread, ratios to the best of the peers, targets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.contenders import REFERENCES, CeleryMem
+from benchmarks.contenders import CeleryMem
 from benchmarks.harness import Outcome, figure
 from benchmarks.workloads import WORKLOADS, Workload
 
@@ -19,7 +19,7 @@ class Line:
     """One contender on one workload.
 
     Attributes:
-        ratio: the median against that of the faster reference; None where there is none.
+        ratio: the median against that of the best peer; None where there is none.
         target: the bound in words, on the lines that it is about.
         met: whether the bound holds; None where there is none, or nothing to hold it against.
     """
@@ -36,9 +36,9 @@ class Line:
     met: bool | None
 
 
-def faster_reference(workload: Workload, medians: dict[str, float]) -> float | None:
-    """The better of the medians of the reference contenders, if any of them ran."""
-    candidates = [medians[name] for name in REFERENCES if name in medians]
+def best_peer(workload: Workload, medians: dict[str, float]) -> float | None:
+    """The best of the medians of a workload's peers, if any of them ran."""
+    candidates = [medians[name] for name in workload.peers if name in medians]
     if not candidates:
         return None
     return max(candidates) if workload.higher_is_better else min(candidates)
@@ -64,7 +64,7 @@ def summarise(outcome: Outcome) -> list[Line]:
 def _lines(workload: Workload, outcome: Outcome) -> Iterator[Line]:
     samples = outcome.samples[workload.name]
     medians = {contender: statistics.median(values) for contender, values in samples.items()}
-    reference = faster_reference(workload, medians)
+    reference = best_peer(workload, medians)
     for contender in sorted(samples, key=lambda name: (name != CeleryMem.name, name)):
         median, ratio = medians[contender], None
         if reference is not None:
@@ -85,13 +85,14 @@ def _lines(workload: Workload, outcome: Outcome) -> Iterator[Line]:
 
 
 def describe_target(workload: Workload) -> str | None:
-    """`>= 8x`, `<= 1/8x`, `<= 1024 bytes`; None without a target."""
+    """`>= 8x`, `<= 1/8x`, `<= 0.7x`, `<= 1024 bytes`; None without a target."""
     if workload.target is None:
         return None
     sign, limit = ">=" if workload.higher_is_better else "<=", workload.target.limit
     if workload.target.absolute:
         return f"{sign} {limit:g}{'' if workload.unit == 'x' else ' '}{workload.unit}"
-    return f"{sign} 1/{1 / limit:g}x" if limit < 1 else f"{sign} {limit:g}x"
+    is_fraction = limit < 1 and (1 / limit).is_integer()
+    return f"{sign} 1/{1 / limit:g}x" if is_fraction else f"{sign} {limit:g}x"
 
 
 def render(lines: list[Line]) -> str:
@@ -100,7 +101,7 @@ def render(lines: list[Line]) -> str:
     rows: list[tuple[str, ...]] = []
     previous = None
     for line in lines:
-        is_reference = line.contender in REFERENCES and line.ratio == 1.0
+        is_reference = line.contender in WORKLOADS[line.workload].peers and line.ratio == 1.0
         rows.append(
             (
                 line.workload if line.workload != previous else "",

@@ -10,13 +10,15 @@ The task functions live here, in a module that the workers of every contender ca
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from benchmarks import data
+from benchmarks.checks import check_equal, fresh_numbers
 
 if TYPE_CHECKING:
     from benchmarks.contenders import Contender
@@ -39,13 +41,13 @@ def total(values: list[int]) -> int:
 # --- what a workload is ---------------------------------------------------------------------------
 
 
-class WrongResultError(AssertionError):
-    """A contender returned a value that is not the right one; its timing means nothing."""
+DISTRIBUTED = ("distributed", "distributed-tuned")
+PEERS = (*DISTRIBUTED, "ray")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on the median: as a factor of the faster distributed, or, if `absolute`, by itself."""
+    """A bound on the median: as a factor of the best of the peers, or, if `absolute`, by itself."""
 
     limit: float
     absolute: bool = False
@@ -57,9 +59,11 @@ class Workload:
 
     Attributes:
         measure: runs the workload once at a size and returns the figure in `unit`; None for
-            `startup`, which the child process measures around the contender's own start.
+            `startup` and for peaks, which the child process measures around something else.
         warm_up: the size of a run before the timed one, as a fraction of `size`; 0 for none.
         only: the one contender that the workload is about; None compares all of them.
+        peers: the contenders whose best median is what ratios are to.
+        peak_of: the workload whose peak memory, in a third run of it, is the figure; `measure` is None.
     """
 
     name: str
@@ -71,25 +75,12 @@ class Workload:
     target: Target | None = None
     warm_up: float = 0.05
     only: str | None = None
+    peers: tuple[str, ...] = DISTRIBUTED
+    peak_of: str | None = None
 
     def scaled(self, scale: float) -> int:
         """The size of a run at `scale`, never below what the workload needs to mean something."""
         return max(16, round(self.size * scale))
-
-
-_fresh = itertools.count(1)
-
-
-def fresh_numbers(n: int) -> range:
-    """`n` successive integers that no earlier call in this process returned."""
-    first = next(_fresh) * 1_000_000
-    return range(first, first + n)
-
-
-def check_equal(got: object, expected: object) -> None:
-    """Compare what came back with what is right, before any figure is believed."""
-    if got != expected:
-        raise WrongResultError(f"got {str(got)[:80]}, expected {str(expected)[:80]}")
 
 
 # --- the workloads --------------------------------------------------------------------------------
@@ -218,6 +209,46 @@ def _settled_memory(contender: Contender) -> int:
     return lowest
 
 
+def _of_data(
+    name: str,
+    title: str,
+    unit: str,
+    size: int,
+    measure: Callable[[Contender, int], float],
+    limit: float,
+) -> Workload:
+    """A workload of large results: warmed up by a whole run, which fills the pools of all systems."""
+    return Workload(
+        *(name, title, unit, unit == "GB/s", size, measure, Target(limit)), warm_up=1.0, peers=PEERS
+    )
+
+
+def _peak(of: Workload) -> Workload:
+    return Workload(
+        f"{of.name}_peak",
+        f"peak memory of {of.name}",
+        "MiB",
+        False,
+        of.size,
+        None,
+        Target(1.0),
+        peak_of=of.name,
+    )
+
+
+_ARRAY_16_MIB = (16 << 20) // 8  # numbers
+_PIPELINES = (
+    _of_data("array_pipeline", "(x + x.T).mean(axis=0).sum(), 3.2 GB", "s", 20_000, data.array_pipeline, 0.7),
+    _of_data("df_pipeline", "2,000,000 rows: read to groupby mean", "s", 2_000_000, data.df_pipeline, 0.9),
+)
+_DATA = (
+    _of_data("bytes_local", "64 arrays made and summed", "GB/s", _ARRAY_16_MIB, data.bytes_local, 1.0),
+    _of_data("bytes_move", "32 arrays, each added to another", "GB/s", _ARRAY_16_MIB, data.bytes_move, 2.0),
+    _of_data("gather_big", "16 arrays gathered", "GB/s", _ARRAY_16_MIB, data.gather_big, 3.0),
+    _of_data("scatter_big", "16 arrays scattered", "GB/s", _ARRAY_16_MIB, data.scatter_big, 1.0),
+    *(line for pipeline in _PIPELINES for line in (pipeline, _peak(pipeline))),
+    _of_data("release", "2,000 results of 100 KB let go", "ms", 2_000, data.release, 1.0),
+)
 _ALL = (
     Workload("map_noop", "gather(map(inc, range(10_000)))", "tasks/s", True, 10_000, map_noop, Target(8.0)),
     Workload(
@@ -249,6 +280,7 @@ _ALL = (
         warm_up=0,
         only="celery-mem",
     ),
+    *_DATA,
     # No target, and only when asked for by name: what the first task after a quiet while costs.
     Workload(
         "roundtrip_paused", "the same after 0.5 s of silence", "ms", False, 10, roundtrip_paused, warm_up=0

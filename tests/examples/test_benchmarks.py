@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import report, traffic
-from benchmarks.harness import Outcome
+from benchmarks import data, report, traffic
+from benchmarks.checks import WrongResultError
+from benchmarks.contenders import Ray
+from benchmarks.harness import Outcome, clusters
+from benchmarks.memory import PeakMemory
 from benchmarks.soak import thirds
-from benchmarks.workloads import WORKLOADS, WrongResultError, chain, graph, map_noop, tree
+from benchmarks.workloads import WORKLOADS, chain, graph, map_noop, tree
 
 
 def outcome(**samples: dict[str, list[float]]) -> Outcome:
@@ -50,6 +58,13 @@ def test_ratio_is_to_the_faster_reference_where_less_is_better() -> None:
     assert (line.target, line.met) == ("<= 1/8x", False)
 
 
+def test_ray_is_a_peer_where_data_is_large_and_nowhere_else() -> None:
+    samples = {"celery-mem": [6.0], "distributed": [1.0], "distributed-tuned": [1.5], "ray": [3.0]}
+    assert ours(report.summarise(outcome(bytes_local=samples))).ratio == 2
+    assert ours(report.summarise(outcome(map_noop=samples))).ratio == 4
+    assert ours(report.summarise(outcome(array_pipeline_peak=samples))).ratio == 6
+
+
 def test_absolute_target_needs_no_reference() -> None:
     line = ours(report.summarise(outcome(held_bytes={"celery-mem": [900.0, 1100.0, 1000.0]})))
     assert (line.ratio, line.target, line.met) == (None, "<= 1024 bytes", True)
@@ -81,7 +96,32 @@ def test_every_target_is_in_the_default_run() -> None:
         "startup": "<= 2x",
         "cost_growth": "<= 1.3x",
         "held_bytes": "<= 1024 bytes",
+        "bytes_local": ">= 1x",
+        "bytes_move": ">= 2x",
+        "gather_big": ">= 3x",
+        "scatter_big": ">= 1x",
+        "array_pipeline": "<= 0.7x",
+        "array_pipeline_peak": "<= 1x",
+        "df_pipeline": "<= 0.9x",
+        "df_pipeline_peak": "<= 1x",
+        "release": "<= 1x",
     }
+
+
+def test_a_peak_is_taken_where_its_workload_runs_and_apart_from_the_others() -> None:
+    assert clusters(["tree", "df_pipeline", "chain", "array_pipeline_peak", "df_pipeline_peak"]) == [
+        ["tree", "chain"],
+        ["df_pipeline", "df_pipeline_peak"],
+        ["array_pipeline_peak"],
+    ]
+
+
+def test_contender_that_is_not_installed_is_left_out_with_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ray, "missing", classmethod(lambda cls: "ray"))
+    assert command.present(["celery-mem", "ray"]) == ["celery-mem"]
+    assert capsys.readouterr().out == "ray is left out: there is no ray to import here\n"
 
 
 def test_unknown_workload_is_refused_with_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +135,7 @@ class InProcess:
 
     def __init__(self, wrong: int = 0) -> None:
         self.wrong = wrong
+        self.memory = nullcontext()
 
     def submit(self, function: Callable[..., Any], *args: Any, **kw: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -113,8 +154,20 @@ class InProcess:
     def gather(self, references: list[Future[Any]]) -> list[Any]:
         return [self.result(reference) for reference in references]
 
+    def wait(self, references: list[Future[Any]]) -> None:
+        pass
+
+    def scatter(self, values: list[Any]) -> list[Future[Any]]:
+        return [self.submit(lambda value=value: value) for value in values]
+
     def compute(self, collection: Any) -> Any:
         return collection.compute(scheduler="sync") + self.wrong
+
+    def persist(self, collection: Any) -> Any:
+        return collection.persist(scheduler="sync")
+
+    def drain(self) -> None:
+        pass
 
 
 def value_of(argument: Any) -> Any:
@@ -123,16 +176,39 @@ def value_of(argument: Any) -> Any:
     return argument.result() if isinstance(argument, Future) else argument
 
 
-@pytest.mark.parametrize("workload", [map_noop, tree, chain, graph])
+CHECKED = [map_noop, tree, chain, graph, data.bytes_local, data.bytes_move, data.gather_big, data.scatter_big]
+CHECKED += [data.array_pipeline, data.df_pipeline]
+
+
+@pytest.mark.parametrize("workload", CHECKED)
 def test_workload_checks_its_values(workload: Callable[[Any, int], float]) -> None:
     assert workload(InProcess(), 40) > 0
     with pytest.raises(WrongResultError):
         workload(InProcess(wrong=1), 40)
 
 
-def test_graph_has_ten_thousand_nodes_at_full_size() -> None:
-    sums = (WORKLOADS["graph"].size - 1) // 11
-    assert 10 * sums + sums + 1 == 10_000
+def test_release_is_timed_until_the_contender_has_drained() -> None:
+    slow = InProcess()
+    slow.drain = lambda: time.sleep(0.02)  # type: ignore[method-assign]
+    assert 20 <= data.release(slow, 3) < 1000
+
+
+def test_peak_counts_processes_below_and_shared_memory_once(tmp_path: Path) -> None:
+    (tmp_path / "unmapped").write_bytes(bytes(50 << 20))
+    touch = "import mmap, os; m = mmap.mmap(-1, 100 << 20); m.write(bytes(100 << 20)); os.fork(); m[::4096]"
+    wait = "; print('touched', flush=True); input()"
+    with PeakMemory() as before:
+        pass
+    with PeakMemory(f"{tmp_path}/*") as peak:
+        child = subprocess.Popen(
+            [sys.executable, "-c", touch + wait], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert child.stdout is not None
+        for _ in range(2):
+            child.stdout.readline()
+        time.sleep(0.3)  # two samples fit in
+        child.communicate(b"\n\n")
+    assert 100 <= peak.mib - before.mib < 180
 
 
 # --- the soak's own bookkeeping -------------------------------------------------------------------
@@ -144,9 +220,6 @@ class InProcessClient(InProcess):
             future = super().submit(function, *args)
             if not kw.get("retries") or future.exception() is None:
                 return future
-
-    def scatter(self, values: list[Any]) -> list[Future[Any]]:
-        return [self.submit(lambda value=value: value) for value in values]
 
     def compute(self, collection: Any) -> Future[Any]:
         return self.submit(collection.compute)
