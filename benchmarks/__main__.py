@@ -11,7 +11,8 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.contenders import CONTENDERS, N_WORKERS
-from benchmarks.harness import alternate
+from benchmarks.harness import alternate, figure
+from benchmarks.limits import measure_limits
 from benchmarks.workloads import DEFAULT, WORKLOADS
 
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     machine = report.machine()
     contenders = present(args.contenders)
+    limits = measure_limits(args.scale)
     started = time.monotonic()
     outcome = alternate(
         contenders,
@@ -77,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         f"sizes x {args.scale:g}, {time.monotonic() - started:.0f} s in all; * is what ratios are to\n"
     )
     print(report.render(lines))
+    print("\nlimits of the machine: " + ", ".join(f"{what} {figure(v)} GB/s" for what, v in limits.items()))
     for failure in outcome.failures:
         print(f"\nFAILED  {failure}")
     judged = [line.met for line in lines if line.met is not None]
@@ -87,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
             "scale": args.scale,
             "workers": N_WORKERS,
             "machine": machine,
+            "limits": limits,
             "contenders": contenders,
             "workloads": args.only,
         }

@@ -19,6 +19,7 @@ from benchmarks import data, report, traffic
 from benchmarks.checks import WrongResultError
 from benchmarks.contenders import Ray
 from benchmarks.harness import Outcome, clusters
+from benchmarks.limits import measure_limits
 from benchmarks.memory import PeakMemory
 from benchmarks.soak import thirds
 from benchmarks.workloads import WORKLOADS, chain, graph, map_noop, tree
@@ -209,6 +210,17 @@ def test_peak_counts_processes_below_and_shared_memory_once(tmp_path: Path) -> N
         time.sleep(0.3)  # two samples fit in
         child.communicate(b"\n\n")
     assert 100 <= peak.mib - before.mib < 180
+
+
+def test_limits_of_the_machine_are_all_measured() -> None:
+    limits = measure_limits(scale=0.01)
+    assert len(limits) == 6
+    assert min(limits.values()) > 0
+
+
+def test_graph_has_ten_thousand_nodes_at_full_size() -> None:
+    sums = (WORKLOADS["graph"].size - 1) // 11
+    assert 10 * sums + sums + 1 == 10_000
 
 
 # --- the soak's own bookkeeping -------------------------------------------------------------------
