@@ -65,7 +65,7 @@ class Slot:
         # Held from taking reports out of the batch until Redis has them: so at any step this slot owns what
         # runs now and what the step names, nothing else.
         self._reporting = threading.Lock()
-        self._helpers: set[threading.Thread] = set()
+        self._helpers: set[Driver] = set()
         self._watcher: threading.Thread | None = None
         self._closed = False
         self._was_useful = True
@@ -167,7 +167,7 @@ class Slot:
         batch.begin(taken)
         if len(taken) > 1:
             self._watch()
-        while (task := batch.next()) is not None:
+        while self._turns.pass_on(driver) and (task := batch.next()) is not None:
             driver.task = task
             try:
                 report = self.runner.run(task)
@@ -180,7 +180,6 @@ class Slot:
             self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
             del report  # and with it the result, which the batch keeps for as long as it must
             ran += 1
-            self._turns.pass_on(driver)
         return ran
 
     # --- the watcher ---
@@ -216,7 +215,7 @@ class Slot:
         with driver.lock:
             driver.waiting += 1
             if driver.waiting == 1:
-                driver.helper = self._start_helper()
+                driver.helper = self._start_helper().stop
                 self._turns.give(driver)
         try:
             return wait(timeout)
@@ -227,52 +226,50 @@ class Slot:
                     driver.helper.set()
                     self._turns.resume(driver)
 
-    def _start_helper(self) -> threading.Event:
-        stop = threading.Event()
+    def _start_helper(self) -> Driver:
+        driver = Driver(self)
         if len(self._helpers) < MOST_HELPERS:
-            thread = threading.Thread(target=self._help, args=(stop,), name="celery-mem-helper", daemon=True)
-            self._helpers.add(thread)
-            thread.start()
+            self._helpers.add(driver)
+            threading.Thread(target=self._help, args=(driver,), name="celery-mem-helper", daemon=True).start()
         else:
             log.warning("%d tasks of slot %s wait for each other's tasks", MOST_HELPERS, self.name)
-        return stop
+        return driver
 
-    def _help(self, stop: threading.Event) -> None:
-        driver = Driver(self)
+    def _help(self, driver: Driver) -> None:
+        """Drive until told to end, which the driver that began to wait does when its task can go on."""
         here.set(driver)
         pause = NOTICE_S
-        self._turns.take(driver)
         try:
-            while not stop.is_set():
+            self._turns.take(driver)
+            while not driver.stop.is_set():
                 try:
-                    pause = self._help_once(driver, stop, pause)
+                    pause = self._help_once(driver, pause)
                 except BaseException as error:
                     log.warning("slot %s cannot help a task that waits: %s", self.name, error)
-                    self._sleep(driver, stop, RETRY_PAUSE_S)
+                    self._sleep(driver, RETRY_PAUSE_S)
         finally:
-            self._helpers.discard(threading.current_thread())
             self._turns.give(driver)
+            self._helpers.discard(driver)
 
-    def _help_once(self, driver: Driver, stop: threading.Event, pause: float) -> float:
+    def _help_once(self, driver: Driver, pause: float) -> float:
         """Run what is ready; if there is nothing, or before a long task, see if the waiting one can go on."""
         want = self._want()
         if want == 1 and not self._batch.is_empty:
             self._step("", 0)
-            self._sleep(driver, stop, NOTICE_S)
-            if stop.is_set():
+            if not self._sleep(driver, NOTICE_S):
                 return pause
         taken = self._step("", want)
         if taken:
             self._run(driver, taken)
             return NOTICE_S
         self._step("i", 0)  # does not idle: a wake-up must go to a slot that listens
-        self._sleep(driver, stop, pause)
+        self._sleep(driver, pause)
         return min(2 * pause, LONGEST_PAUSE_S)
 
-    def _sleep(self, driver: Driver, stop: threading.Event, seconds: float) -> None:
+    def _sleep(self, driver: Driver, seconds: float) -> bool:
+        """Let others have their turn; returns whether `driver` has it again, and is not told to end."""
         self._turns.give(driver)
-        stop.wait(seconds)
-        self._turns.take(driver)
+        return not driver.stop.wait(seconds) and self._turns.take(driver)
 
     def priority_of(self, task: Taken) -> float:
         """Read the priority of a task that runs here."""
@@ -286,6 +283,8 @@ class Slot:
         threading.Thread(target=self._sign_off, name="celery-mem-retired-slot", daemon=True).start()
 
     def _sign_off(self) -> None:
+        while self._helpers:  # for tasks that wait for others; those end first
+            time.sleep(RETRY_PAUSE_S)
         while True:
             try:
                 self._batch.begin(self._step("r", 1))  # also what a lost reply gave

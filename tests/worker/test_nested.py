@@ -18,7 +18,7 @@ from celery_mem.state.audit import read
 from celery_mem.worker import slot as slot_module
 from celery_mem.worker import tickets
 from tests.deployment import wait_until
-from tests.tasks import inc
+from tests.tasks import inc, nap
 from tests.worker.conftest import Space
 
 RunTicket = Callable[[], int]
@@ -209,6 +209,24 @@ def test_below_a_certain_depth_a_task_waits_without_helping(
     assert len(child) == 1
     space.slot().run_ticket("2")
     assert future.result(timeout=10) == 2
+
+
+def test_a_slot_goes_home_after_its_slice_though_its_tasks_waited_for_others(
+    space: Space, run_ticket: RunTicket
+) -> None:
+    run_ticket()
+    slot = tickets._local.slot
+    slot.settings = slot.settings.replace(slice=0.2)
+    futures = space.map(submit_and_nap, range(1000))
+    assert 0 < run_ticket() < 1000
+    assert not slot._helpers
+    assert not slot._turns._owner
+    for future in futures:
+        future.release()
+
+
+def submit_and_nap(x: int) -> int:
+    return int(Client.current().submit(nap, 0.002, x).result())
 
 
 def test_a_future_inside_an_object_arrives_bound_to_the_workers_client(

@@ -268,6 +268,7 @@ def single(request: pytest.FixtureRequest) -> Iterator[SimpleNamespace]:
         it.signal("w0", signal.SIGTERM)
         it.wait_gone("w0")
         assert all(wait_until_ended(p.pid) for p in left), "an orphan"
+        assert it.redis.zrange(it.key("clients"), 0, -1) == [], "a client of tasks that did not sign off"
 
 
 def test_every_pool_runs_graph_tasks(single: SimpleNamespace) -> None:
