@@ -16,10 +16,16 @@ if TYPE_CHECKING:
     from celery import Celery
 
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket")
+_WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
-def _setting(default: Any, doc: str, unit: str = "") -> Any:
-    return field(default=default, metadata={"doc": doc, "unit": unit})
+PUBLISH = ("on_demand", "pinned", "always")
+
+
+def _setting(
+    default: Any, doc: str, unit: str = "", *, or_zero: bool = False, choices: tuple[str, ...] = ()
+) -> Any:
+    return field(default=default, metadata={"doc": doc, "unit": unit, "or_zero": or_zero, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,53 @@ class Settings:
     retry_timeout: float = _setting(60.0, "how long a broken Redis connection is tried again", "seconds")
     connect_timeout: float = _setting(5.0, "how long one attempt to connect may take", "seconds")
     allowed_failures: int = _setting(3, "deaths of its slot a task survives", "deaths")
+    # the memory of the workers
+    node_memory: bool = _setting(True, "large results stay on the node that made them; off: all go to Redis")
+    memory_limit: int = _setting(
+        0, "memory of one node; 0 means its share of the container's or host's memory", "bytes", or_zero=True
+    )
+    memory_target: float = _setting(0.6, "above it the coldest results are spilled to disk", "fraction")
+    memory_pause: float = _setting(0.85, "above it the node takes no new task", "fraction")
+    write_behind: float = _setting(
+        1.0, "a result that only its maker has is written to node memory after it", "seconds", or_zero=True
+    )
+    live_bytes: int = _setting(
+        1 << 30,
+        "results not yet written that one process holds, up to an eighth of memory; more are written at once",
+        "bytes",
+        or_zero=True,
+    )
+    recycle_bytes: int = _setting(
+        256 << 20, "memory that a node keeps of dropped results to write it again", "bytes", or_zero=True
+    )
+    spill_url: str = _setting(
+        "", "where spilled results go, any address of fsspec; empty means a folder in the temp folder"
+    )
+    publish: str = _setting(
+        "on_demand",
+        "copies in Redis for other hosts: while somebody waits for one; pinned: once asked for, as long as "
+        "the result is held; always: of every result, as soon as it is made",
+        choices=PUBLISH,
+    )
+    no_workers_timeout: float = _setting(
+        0.0, "a task that no live node may run fails after it; 0 means it waits", "seconds", or_zero=True
+    )
+    save_seconds: float = _setting(
+        20.0, "a worker that stops in good order saves results for at most this time", "seconds", or_zero=True
+    )
+    shm_folder: str = _setting("", "where node memory is; empty means /dev/shm, or else the temp folder")
+    shm_min: int = _setting(
+        256 << 20, "a folder with less free space is no place for node memory", "bytes", or_zero=True
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.metadata["unit"] and not (isinstance(value, (int, float)) and value > 0):
-                raise ConfigError(
-                    f"mem_{f.name} must be a number of {f.metadata['unit']} above zero, not {value!r}"
-                )
+            _check_value(f, getattr(self, f.name))
+        if self.memory_target > self.memory_pause:
+            raise ConfigError(
+                f"mem_memory_target ({self.memory_target}) is above mem_memory_pause ({self.memory_pause}): "
+                "a node would stop before it spills"
+            )
         if not self.namespace or any(c in self.namespace for c in "{}:\n\r\t *?[]"):
             raise ConfigError(
                 f"mem_namespace must be a plain word without braces or colons: {self.namespace!r}"
@@ -101,8 +146,35 @@ def _check_names(given: set[str], known: Mapping[str, object], prefix: str) -> N
         raise ConfigError(f"unknown setting {prefix}{name}{hint}")
 
 
+def _check_value(f: dataclasses.Field[Any], value: Any) -> None:
+    unit, choices = f.metadata["unit"], f.metadata["choices"]
+    if isinstance(f.default, bool):
+        if not isinstance(value, bool):
+            raise ConfigError(f"mem_{f.name} must be True or False, not {value!r}")
+    elif choices:
+        if value not in choices:
+            raise ConfigError(f"mem_{f.name} must be one of {', '.join(choices)}, not {value!r}")
+    elif unit == "fraction":
+        if not (_is_number(value) and 0 < value <= 1):
+            raise ConfigError(f"mem_{f.name} must be a fraction above 0 and up to 1, not {value!r}")
+    elif unit and f.metadata["or_zero"]:
+        if not (_is_number(value) and value >= 0):
+            raise ConfigError(f"mem_{f.name} must be a number of {unit}, zero or more, not {value!r}")
+    elif unit and not (_is_number(value) and value > 0):
+        raise ConfigError(f"mem_{f.name} must be a number of {unit} above zero, not {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _parse(text: str, f: dataclasses.Field[Any]) -> Any:
     kind: Any = type(f.default)
+    if kind is bool:
+        value = _WORDS.get(text.strip().lower())
+        if value is None:
+            raise ConfigError(f"CELERY_MEM_{f.name.upper()}={text!r} is neither true nor false")
+        return value
     try:
         return kind(text)
     except ValueError:

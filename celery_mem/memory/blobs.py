@@ -28,7 +28,7 @@ def write_commands(name: str, frames: Frames, *, piece_bytes: int, lease_s: floa
     sizes = struct.pack(_SIZES % len(parts), *(memoryview(p).nbytes for p in parts))
     lease_ms = int(lease_s * 1000)
     commands: list[Command] = [("HSET", name, "h", sizes), ("PEXPIRE", name, lease_ms)]
-    for i, piece in enumerate(_pieces(parts, piece_bytes)):
+    for i, piece in enumerate(cut(parts, piece_bytes)):
         commands.append(("HSET", name, i, piece))
         if i > 0:  # each piece may take long, all of them longer than the lease
             commands.append(("PEXPIRE", name, lease_ms))
@@ -72,7 +72,7 @@ def load(link: Link, name: str, what: str = "object") -> tuple[Any, int] | None:
     return loads(bytes(head), buffers, what), len(head) + sum(map(len, buffers))
 
 
-def _pieces(parts: Sequence[Any], limit: int) -> Iterator[Any]:
+def cut(parts: Sequence[Any], limit: int) -> Iterator[Any]:
     """Cut the parts, laid end to end, into pieces of at most `limit` bytes; whole pieces are not copied."""
     pending: list[memoryview] = []
     room = limit

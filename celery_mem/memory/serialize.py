@@ -12,8 +12,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import cloudpickle
-
 from celery_mem.errors import DeserializationError, SerializationError
 
 PLAIN = b"p"
@@ -70,6 +68,8 @@ def dumps(obj: Any, what: str = "object") -> Frames:
     Raises:
         SerializationError: neither pickle nor cloudpickle can.
     """
+    import cloudpickle  # not by those who only pass bytes on, and are to stay small
+
     outer, _found.keys = _found.keys, {}
     try:
         buffers: list[pickle.PickleBuffer] = []

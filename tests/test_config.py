@@ -1,0 +1,48 @@
+"""The settings: what a deployment may write, and what is said where it may not."""
+
+from __future__ import annotations
+
+import pytest
+
+from celery_mem.config import Settings
+from celery_mem.errors import ConfigError
+
+URL = "redis://localhost"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("false", False), ("0", False), ("No", False), ("on", True), ("1", True)]
+)
+def test_a_switch_from_the_environment_is_a_word(monkeypatch, text, value):
+    monkeypatch.setenv("CELERY_MEM_NODE_MEMORY", text)
+    assert Settings.load(url=URL).node_memory is value
+
+
+def test_another_word_is_refused(monkeypatch):
+    monkeypatch.setenv("CELERY_MEM_NODE_MEMORY", "perhaps")
+    with pytest.raises(ConfigError, match="CELERY_MEM_NODE_MEMORY='perhaps' is neither true nor false"):
+        Settings.load(url=URL)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"node_memory": 1}, "mem_node_memory must be True or False"),
+        ({"memory_target": 0}, "mem_memory_target must be a fraction above 0 and up to 1"),
+        ({"memory_pause": 1.5}, "mem_memory_pause must be a fraction"),
+        ({"memory_target": True}, "mem_memory_target must be a fraction"),
+        ({"memory_target": 0.9, "memory_pause": 0.8}, "a node would stop before it spills"),
+        ({"publish": "never"}, "mem_publish must be one of on_demand, pinned, always, not 'never'"),
+        ({"memory_limit": -1}, "mem_memory_limit must be a number of bytes, zero or more"),
+        ({"inline_limit": 0}, "mem_inline_limit must be a number of bytes above zero"),
+        ({"write_behind": "soon"}, "mem_write_behind must be a number of seconds"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(given, says):
+    with pytest.raises(ConfigError, match=says):
+        Settings(url=URL, **given)
+
+
+def test_limits_may_be_zero_where_that_means_something():
+    s = Settings(url=URL, memory_limit=0, write_behind=0, live_bytes=0, recycle_bytes=0, shm_min=0)
+    assert (s.memory_limit, s.no_workers_timeout) == (0, 0)
