@@ -89,6 +89,24 @@ class MissingKeyError(CeleryMemError, KeyError):
         return f"key {self.key!r}{by} is neither in the graph nor a live future"
 
 
+class UnknownWorkerError(CeleryMemError, ValueError):
+    """A call needs workers that are not there.
+
+    Args:
+        names: the names that are of no node and no host.
+        known: the nodes that are there.
+    """
+
+    def __init__(self, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+        super().__init__(names, known)
+        self.names = names
+        self.known = known
+
+    def __str__(self) -> str:
+        there = ", ".join(sorted(self.known)) or "none"
+        return f"no worker is called {' or '.join(map(repr, self.names))}; there are: {there}"
+
+
 class StoreFullError(CeleryMemError, MemoryError):
     """Redis is at its `maxmemory`; release futures, or give Redis more memory."""
 
@@ -175,6 +193,40 @@ class KilledWorkerError(CeleryMemError):
         )
 
 
+class NoValidWorkerError(CeleryMemError):
+    """No worker may run a task, and `mem_no_workers_timeout` is over.
+
+    Args:
+        reason: what was asked for and what there is.
+        waited: for how long, seconds.
+    """
+
+    def __init__(self, reason: str, waited: float) -> None:
+        super().__init__(reason, waited)
+        self.reason = reason
+        self.waited = waited
+
+    def __str__(self) -> str:
+        return f"no worker may run this task, after {self.waited:g} s: {self.reason}"
+
+
+class JobError(CeleryMemError):
+    """A job of the coordinator (rebalance, replicate, retire) ended without doing all that was asked.
+
+    Args:
+        job: what was asked.
+        reason: what was left, and why.
+    """
+
+    def __init__(self, job: str, reason: str) -> None:
+        super().__init__(job, reason)
+        self.job = job
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.job}: {self.reason}"
+
+
 class DataLostError(CeleryMemError):
     """A result is gone and nothing can make it again.
 
@@ -242,6 +294,12 @@ class UnknownFunctionError(StateError):
     code = "UNKNOWN_FUNCTION"
 
 
+class UnknownNodeError(StateError):
+    """The node is not alive (any more): it left, or its lease ran out."""
+
+    code = "UNKNOWN_NODE"
+
+
 class FencedError(StateError):
     """Another coordinator leads now; this one's writes are void."""
 
@@ -261,6 +319,7 @@ BY_CODE: dict[str, type[StateError]] = {
         UnknownClientError,
         UnknownDependencyError,
         UnknownFunctionError,
+        UnknownNodeError,
         FencedError,
         SchemaError,
     )

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from celery_mem.state.keys import ACTIVE, FIXED, META, PREFIXES, STATES, TASK
+from celery_mem.state.keys import ACTIVE, FIXED, FLAGS, META, PREFIXES, STATES, TASK
 from celery_mem.state.link import Link
-from celery_mem.state.store import Store
+from celery_mem.state.store import REDIS, Store
 
 RULES = {
     # what is kept, and why
@@ -25,18 +25,24 @@ RULES = {
     "left over": "when no client holds anything, nothing is left",
     # what a record says
     "state": "a record has a known state and known fields; only data without function is lost",
-    "data": "exactly a record in memory has data: a size, a type, and either a value or a blob",
+    "data": "exactly a record in memory has data: a size, a type, and either a value or replicas",
     "payload": "a record with a function has either a payload or a payload blob",
+    "flags": "a record has a flag if and only if it has the field; near or prefer, if it has a home",
+    "replicas": "copies have a token and the result's size; some are there, each in Redis or on a live node",
+    "copies index": "copies names the records that want more copies than any one",
     "blame": "exactly an erred record names a record to blame, which is itself if it has the error",
     "missing dependency": "every dependency of a record has a record",
     "waits for error": "a task that waits for an erred or lost one errs",
     # counts
     "waiting count": "waiting is the number of dependencies not in memory, 0 unless the task waits",
     "needed count": "needed is the number of dependents that wait, are ready or run",
-    "inputs missing": "all dependencies of a ready or running task are in memory",
+    "inputs missing": "all dependencies of a ready task are in memory",
     "function count": "functions counts the records of each function",
+    "constraint count": "constraints counts the records of each constraint; no other is known as unrunnable",
     # indexes
-    "ready queue": "the queue has every ready task once, under its priority, and nothing else",
+    "ready queue": "every ready task is in one queue, the one that its record names, under its priority",
+    "node index": "the keys of a node are those of the records that name it as a place",
+    "node lease": "a node with a record, keys, a queue, mail or tickets is alive, if only with an old lease",
     "slot index": "a running task has an owner and an attempt, and its slot's index says the same",
     "slot lease": "a slot that owns, idles, is woken or belongs to a node has a lease, if only an old one",
     "attempt": "attempt numbers come from one counter, and none was given twice",
@@ -74,7 +80,11 @@ def audit(store: Store) -> list[Violation]:
 
     Keys that wait in `unsettled` for the sweep are excused from the rules that it will enforce on them.
     """
-    contents = read(store)
+    return violations(read(store))
+
+
+def violations(contents: Contents) -> list[Violation]:
+    """Check what was read of a namespace, as `audit` does."""
     return [violation for check in CHECKS for violation in check(contents)]
 
 
@@ -98,7 +108,17 @@ class Row:
     needed: int = 0
     attempt: str = ""
     owner: str = ""
-    blob: str = ""
+    flags: str = ""
+    nbytes: str = ""
+    token: str = ""
+    maker: str = ""
+    copy_nbytes: str = ""  # the size that `replicas` tells
+    places: list[str] = field(default_factory=list)
+    copies: int = 1
+    copies_on: list[str] = field(default_factory=list)
+    constraint: str = ""
+    prefer: list[str] = field(default_factory=list)
+    home: str = ""  # while ready: size class and node
     contains: list[str] = field(default_factory=list)
     blame: str = ""
 
@@ -112,6 +132,16 @@ class Contents:
     dependents: dict[str, set[str]] = field(default_factory=dict)
     held: dict[str, set[str]] = field(default_factory=dict)
     ready: dict[str, float] = field(default_factory=dict)
+    home_queues: dict[str, dict[str, float]] = field(default_factory=dict)
+    picky: dict[str, dict[str, float]] = field(default_factory=dict)
+    nodes: dict[str, float] = field(default_factory=dict)
+    node_keys: dict[str, set[str]] = field(default_factory=dict)
+    node_records: set[str] = field(default_factory=set)  # nodes with a hash
+    mail: set[str] = field(default_factory=set)  # nodes with a mailbox
+    node_tickets: set[str] = field(default_factory=set)  # nodes with tickets of their own
+    copies: set[str] = field(default_factory=set)
+    constraints: dict[str, float] = field(default_factory=dict)
+    unrunnable: dict[str, float] = field(default_factory=dict)
     unsettled: set[str] = field(default_factory=set)
     owned: dict[str, dict[str, str]] = field(default_factory=dict)
     slots: dict[str, float] = field(default_factory=dict)
@@ -136,16 +166,25 @@ class Contents:
     def count_active(self, keys: Iterable[str]) -> int:
         return sum(self.records[key].state in ACTIVE for key in keys)
 
+    def queues(self) -> dict[str, dict[str, float]]:
+        """All ready queues, by what tells them apart."""
+        found = {f"node {node}": entries for node, entries in self.home_queues.items()}
+        found |= {f"constraint {signature}": entries for signature, entries in self.picky.items()}
+        return {"shared": self.ready, **found}
+
 
 TYPES = {
     **dict.fromkeys(("ready", "clients", "nodes", "slots", "idle", "tickets"), "zset"),
-    **dict.fromkeys(("meta", "functions", "task", "dependents", "blob", "slot", "node"), "hash"),
-    **dict.fromkeys(("unsettled", "held", "node_slots"), "set"),
+    **dict.fromkeys(("home_queue", "picky", "node_tickets"), "zset"),
+    **dict.fromkeys(
+        ("meta", "functions", "task", "dependents", "blob", "slot", "node", "constraints"), "hash"
+    ),
+    **dict.fromkeys(("jobs", "unrunnable"), "hash"),
+    **dict.fromkeys(("unsettled", "held", "node_slots", "node_keys", "copies"), "set"),
     **dict.fromkeys(("leader", "function"), "string"),
     "notices": "stream",
-    "wake": "list",
+    **dict.fromkeys(("wake", "mail", "reply"), "list"),
 }
-ATTACHED = {"blob", "payload_blob", "contains"}
 _BULK = {"payload", "value", "error"}
 _SMALL = [name for name in TASK if name not in _BULK]
 _FIELD_NAMES = {short: name for name, short in TASK.items()}
@@ -157,15 +196,17 @@ def read(store: Store) -> Contents:
     keys = _scan(store)
     types = [kind.decode() for kind in _batched(store.link, [("TYPE", key) for key in keys])]
     contents = Contents()
-    by_kind: dict[str, list[tuple[str, bytes]]] = defaultdict(list)
+    asks: list[_Ask] = []
     for key, found in zip(keys, types, strict=True):
         kind, name = _kind_of(_text(key)[len(store.keys.prefix) :])
         if TYPES.get(kind) == found:
-            by_kind[kind].append((name, key))
+            asks += _asks(contents, kind, name, key)
         elif found != "none":  # it expired, or was deleted, since the scan
             contents.unknown[_text(key)] = found
-    for kind, named in by_kind.items():
-        _read_kind(contents, store.link, kind, named)
+    for start in range(0, len(asks), _BATCH):
+        page = asks[start : start + _BATCH]
+        for ask, reply in zip(page, store.link.batch([ask.command for ask in page]), strict=True):
+            ask.into[ask.name] = ask.decode(reply)
     return contents
 
 
@@ -190,31 +231,40 @@ def _kind_of(rest: str) -> tuple[str, str]:
     return "", rest
 
 
-def _read_kind(contents: Contents, link: Link, kind: str, named: Sequence[tuple[str, bytes]]) -> None:
-    """Read all keys of one kind into the attribute of `contents` that has them."""
-    names = [name for name, _ in named]
+class _Ask(NamedTuple):
+    """A command, and where its decoded reply goes."""
+
+    command: tuple[Any, ...]
+    into: dict[str, Any]
+    name: str
+    decode: Callable[[Any], Any]
+
+
+def _asks(contents: Contents, kind: str, name: str, key: bytes) -> Iterator[_Ask]:
+    """What to ask for one key, so that the attribute of `contents` for its kind has it."""
     if kind == "task":
-        fields = _batched(link, [("HKEYS", key) for _, key in named])
-        values = _batched(link, [("HMGET", key, *(TASK[name] for name in _SMALL)) for _, key in named])
-        contents.records = {row.key: row for row in map(_row, names, fields, values)}
+        fields: dict[str, Any] = {}
+        yield _Ask(("HKEYS", key), fields, name, _texts)
+        small = ("HMGET", key, *(TASK[name] for name in _SMALL))
+        yield _Ask(small, contents.records, name, lambda reply: _row(name, fields[name], reply))
     elif kind in _READ_EACH:
-        attribute, command, decode = _READ_EACH[kind]
-        replies = _batched(link, [(command, key) for _, key in named])
-        setattr(contents, attribute, dict(zip(names, map(decode, replies), strict=True)))
+        attribute, command, after, decode = _READ_EACH[kind]
+        yield _Ask((command, key, *after), getattr(contents, attribute), name, decode)
     elif kind in _READ_ONE:
         command, after, decode = _READ_ONE[kind]
-        setattr(contents, kind, decode(link.call(command, named[0][1], *after)))
+        yield _Ask((command, key, *after), vars(contents), kind, decode)
     elif kind in _READ_NAMES:
-        setattr(contents, _READ_NAMES[kind], set(names))
+        getattr(contents, _READ_NAMES[kind]).add(name)
 
 
-def _row(key: str, fields: Iterable[bytes], small: Sequence[bytes | None]) -> Row:
+def _row(key: str, fields: Iterable[str], small: Sequence[bytes | None]) -> Row:
     text = {
         name: _text(value) if value is not None else "" for name, value in zip(_SMALL, small, strict=True)
     }
+    token, maker, copy_nbytes, *places = text["replicas"].split("\n") if text["replicas"] else ("", "", "")
     return Row(
         key,
-        frozenset(_FIELD_NAMES.get(name, name) for name in map(_text, fields)),
+        frozenset(_FIELD_NAMES.get(name, name) for name in fields),
         state=text["state"],
         function=text["function"],
         payload_blob=text["payload_blob"],
@@ -226,7 +276,17 @@ def _row(key: str, fields: Iterable[bytes], small: Sequence[bytes | None]) -> Ro
         needed=int(text["needed"] or 0),
         attempt=text["attempt"],
         owner=text["owner"],
-        blob=text["blob"],
+        flags=text["flags"],
+        nbytes=text["nbytes"],
+        token=token,
+        maker=maker,
+        copy_nbytes=copy_nbytes,
+        places=places,
+        copies=int(text["copies"] or 1),
+        copies_on=_lines(text["copies_on"]),
+        constraint=text["constraint"],
+        prefer=_lines(text["prefer"]),
+        home=text["home"] if text["state"] == "ready" else "",
         contains=_lines(text["contains"]),
         blame=text["blame"],
     )
@@ -259,23 +319,37 @@ def _numbers(reply: Sequence[bytes]) -> dict[str, float]:
     return {name: float(number) for name, number in _pairs(reply).items()}
 
 
-_READ_EACH: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
-    "dependents": ("dependents", "HKEYS", _texts),
-    "slot": ("owned", "HGETALL", _pairs),
-    "held": ("held", "SMEMBERS", _texts),
-    "node_slots": ("node_slots", "SMEMBERS", _texts),
-    "blob": ("blobs", "PTTL", int),
-}
-"""Kinds with a Redis key for each name -> attribute of Contents, command, decoder of its reply."""
+_Decode = Callable[[Any], Any]
+_ENTRIES: tuple[str, tuple[Any, ...], _Decode] = ("ZRANGE", (0, -1, "WITHSCORES"), _numbers)
+_MEMBERS: tuple[str, tuple[Any, ...], _Decode] = ("SMEMBERS", (), _texts)
 
-_READ_NAMES = {"notices": "notices", "function": "code", "wake": "wake"}
+_READ_EACH: dict[str, tuple[str, str, tuple[Any, ...], _Decode]] = {
+    "dependents": ("dependents", "HKEYS", (), _texts),
+    "slot": ("owned", "HGETALL", (), _pairs),
+    "blob": ("blobs", "PTTL", (), int),
+    "held": ("held", *_MEMBERS),
+    "node_slots": ("node_slots", *_MEMBERS),
+    "node_keys": ("node_keys", *_MEMBERS),
+    "home_queue": ("home_queues", *_ENTRIES),
+    "picky": ("picky", *_ENTRIES),
+}
+"""Kinds with a Redis key for each name -> attribute of Contents, command, its further arguments, decoder."""
+
+_READ_NAMES = {
+    "notices": "notices",
+    "function": "code",
+    "wake": "wake",
+    "node": "node_records",
+    "mail": "mail",
+    "node_tickets": "node_tickets",
+}
 """Kinds of which only the names count -> attribute of Contents."""
 
-_READ_ONE: dict[str, tuple[str, tuple[Any, ...], Callable[[Any], Any]]] = {
+_READ_ONE: dict[str, tuple[str, tuple[Any, ...], _Decode]] = {
     "meta": ("HGETALL", (), _pairs),
-    "functions": ("HGETALL", (), _numbers),
-    "unsettled": ("SMEMBERS", (), _texts),
-    **dict.fromkeys(("ready", "slots", "idle", "clients"), ("ZRANGE", (0, -1, "WITHSCORES"), _numbers)),
+    **dict.fromkeys(("functions", "constraints", "unrunnable"), ("HGETALL", (), _numbers)),
+    **dict.fromkeys(("unsettled", "copies"), _MEMBERS),
+    **dict.fromkeys(("ready", "slots", "idle", "clients", "nodes"), _ENTRIES),
 }
 """Kinds with one Redis key, named like their attribute -> command, its further arguments, decoder."""
 
@@ -307,7 +381,9 @@ def _check_left_over(c: Contents) -> Iterator[Violation]:
     kinds: dict[str, Iterable[str]] = {
         "record": c.records,
         "dependents": c.dependents,
-        "queue entry": c.ready,
+        "queue entry": [entry for queue in c.queues().values() for entry in queue],
+        "index of copies": [key for keys in c.node_keys.values() for key in keys] + sorted(c.copies),
+        "constraint": c.constraints,
         "slot index": c.owned,
         "function": c.functions,
         "code": c.code,
@@ -328,15 +404,23 @@ def _check_records(c: Contents) -> Iterator[Violation]:
             yield Violation("state", key, "is lost but has a function")
         if row.function and len(row.fields & {"payload", "payload_blob"}) != 1:
             yield Violation("payload", key, f"has {sorted(row.fields & {'payload', 'payload_blob'})}")
-        data = row.fields & {"nbytes", "type", "value", "blob", "contains"}
+        data = row.fields & {"nbytes", "type", "value", "replicas", "contains"}
         if row.state == "memory":
-            if not data >= {"nbytes", "type"} or len(data & {"value", "blob"}) != 1:
+            if not data >= {"nbytes", "type"} or len(data & {"value", "replicas"}) != 1:
                 yield Violation("data", key, f"is in memory with {sorted(data)}")
         elif data:
             yield Violation("data", key, f"is {row.state} with {sorted(data)}")
-        if row.fields & ATTACHED and "attached" not in row.fields:
-            yield Violation("data", key, f"has {sorted(row.fields & ATTACHED)} and is not marked as attached")
+        yield from _check_flags(row)
         yield from _check_blame(c, row)
+
+
+def _check_flags(row: Row) -> Iterator[Violation]:
+    flagged = {name for name, letter in FLAGS.items() if letter in row.flags}
+    fields = row.fields & FLAGS.keys() | ({"copies"} if "copies_on" in row.fields else set())
+    if flagged - {"near"} != fields:
+        yield Violation("flags", row.key, f"has {sorted(fields)} and flags for {sorted(flagged)}")
+    if row.home and not flagged & {"near", "prefer"}:  # the scripts would look for it in the shared queue
+        yield Violation("flags", row.key, f"has home {row.home!r} and flags for {sorted(flagged)}")
 
 
 def _check_blame(c: Contents, row: Row) -> Iterator[Violation]:
@@ -364,7 +448,7 @@ def _check_dependencies(c: Contents) -> Iterator[Violation]:
         needed = c.count_active(dependents[key])
         if row.needed != needed:
             yield Violation("needed count", key, f"counts {row.needed}, not {needed}")
-        if row.state in {"ready", "processing"} and missing:
+        if row.state == "ready" and missing:  # a running one may have read them before they were lost
             yield Violation("inputs missing", key, f"is {row.state} with {missing} inputs not in memory")
         broken = [dep.key for dep in deps if dep.state in {"erred", "lost"}]
         if row.state == "waiting" and broken and key not in c.unsettled:
@@ -372,12 +456,65 @@ def _check_dependencies(c: Contents) -> Iterator[Violation]:
 
 
 def _check_queue(c: Contents) -> Iterator[Violation]:
-    ready = {row.rank + key: -row.priority for key, row in c.records.items() if row.state == "ready"}
-    for entry in sorted(ready.keys() | c.ready.keys()):
-        expected, found = ready.get(entry, math.nan), c.ready.get(entry, math.nan)
-        if expected != found:
-            text = f"has score {found:g} in the queue (nan: none), {expected:g} by its record"
-            yield Violation("ready queue", entry[16:], text)
+    ready: dict[str, dict[str, float]] = defaultdict(dict)
+    for key, row in c.records.items():
+        if row.state != "ready":
+            continue
+        if row.constraint:
+            ready[f"constraint {row.constraint}"][row.rank + key] = -row.priority
+        elif row.home:
+            ready[f"node {row.home[1:]}"][row.rank + row.home[0] + key] = -row.priority
+        else:
+            ready["shared"][row.rank + key] = -row.priority
+    queues = c.queues()
+    for name in sorted(ready.keys() | queues.keys()):
+        queue = queues.get(name, {})
+        for entry in sorted(ready[name].keys() | queue.keys()):
+            expected, found = ready[name].get(entry, math.nan), queue.get(entry, math.nan)
+            if expected != found:
+                text = f"has score {found:g} in the queue {name} (nan: none), {expected:g} by its record"
+                yield Violation("ready queue", entry[17 if name.startswith("node ") else 16 :], text)
+
+
+def _check_copies(c: Contents) -> Iterator[Violation]:
+    by_node: dict[str, set[str]] = defaultdict(set)
+    for key, row in c.records.items():
+        for place in row.places:
+            if place != REDIS:
+                by_node[place].add(key)
+        if "replicas" not in row.fields:
+            continue
+        if not row.token or not row.places or len(set(row.places)) != len(row.places):
+            yield Violation("replicas", key, f"has version {row.token!r} at {row.places}")
+        if row.copy_nbytes != row.nbytes:
+            yield Violation("replicas", key, f"has copies of {row.copy_nbytes!r} bytes, not {row.nbytes!r}")
+        if gone := sorted(set(row.places) - {REDIS} - c.nodes.keys()):
+            yield Violation("replicas", key, f"has copies on {gone}, which are not alive")
+    for node in sorted(by_node.keys() | c.node_keys.keys()):
+        for key in sorted(by_node[node] ^ c.node_keys.get(node, set())):
+            where = "only by its record" if key in by_node[node] else "only by the node's index"
+            yield Violation("node index", key, f"is on {node} {where}")
+    wanting = {key for key, row in c.records.items() if row.copies > 1 or row.copies_on}
+    for key in sorted(wanting ^ c.copies):
+        yield Violation("copies index", key, "wants copies " + ("unlisted" if key in wanting else "no more"))
+
+
+def _check_nodes(c: Contents) -> Iterator[Violation]:
+    users = dict.fromkeys(c.node_records, "has a record") | dict.fromkeys(c.node_keys, "has keys")
+    users |= dict.fromkeys(c.home_queues, "has a queue") | dict.fromkeys(c.mail, "has mail")
+    users |= dict.fromkeys(c.node_tickets, "has tickets")
+    for node in sorted(users.keys() - c.nodes.keys()):
+        yield Violation("node lease", node, f"{users[node]} without a lease")
+
+
+def _check_constraints(c: Contents) -> Iterator[Violation]:
+    counts = Counter(row.constraint for row in c.records.values() if row.constraint)
+    for signature in sorted(counts.keys() | c.constraints.keys()):
+        if counts[signature] != c.constraints.get(signature, 0):
+            text = f"is counted {c.constraints.get(signature, 0):g} times, not {counts[signature]}"
+            yield Violation("constraint count", signature, text)
+    for signature in sorted(c.unrunnable.keys() - counts.keys() - {""}):
+        yield Violation("constraint count", signature, "is known as unrunnable and no task has it")
 
 
 def _check_slots(c: Contents) -> Iterator[Violation]:
@@ -444,7 +581,7 @@ def _check_functions(c: Contents) -> Iterator[Violation]:
 
 
 def _check_blobs(c: Contents) -> Iterator[Violation]:
-    named = {f"{row.blob}:{key}" for key, row in c.records.items() if row.blob}
+    named = {f"{row.token}:{key}" for key, row in c.records.items() if REDIS in row.places}
     named |= {f"{row.payload_blob}:{key}" for key, row in c.records.items() if row.payload_blob}
     for name in sorted(named - c.blobs.keys()):
         yield Violation("blob missing", name, "is named by a record and does not exist")
@@ -476,6 +613,9 @@ CHECKS = (
     _check_records,
     _check_dependencies,
     _check_queue,
+    _check_copies,
+    _check_nodes,
+    _check_constraints,
     _check_slots,
     _check_attempts,
     _check_dependents,

@@ -8,7 +8,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from celery_mem.state.keys import META, NODE, TASK
+from celery_mem.state.keys import META, NODE, REPLICAS, TASK
 from celery_mem.state.link import Link
 from celery_mem.state.store import Store
 
@@ -73,7 +73,8 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
     Returns:
         key, state, priority, rank, attempt and owner (of the current or last attempt), waiting, needed,
         retries (left), deaths, function (hash), payload_nbytes (None if it is a blob), nbytes, type,
-        place ("inline", "blob" or None), blame (key of the task that raised the error), error (bytes), and
+        places (nodes, and "@redis" for a small value or a blob), copies (number wanted), copies_on (nodes
+        that are to have one), blame (key of the task that raised the error), error (bytes), and
         - dependencies, dependents: key -> state, in order; a state of None means that there is no record
         - holders: client id -> epoch; "@key" is the result of `key`, which contains a future
         - contains: keys of the futures inside the result
@@ -109,7 +110,9 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
         "payload_nbytes": payload or None,
         "nbytes": _number(row["nbytes"]),
         "type": row["type"],
-        "place": "inline" if value else "blob" if row["blob"] else None,
+        "places": ["@redis"] if value else (row["replicas"] or "").split("\n")[len(REPLICAS) :],
+        "copies": int(row["copies"] or 1),
+        "copies_on": _lines(row["copies_on"]),
         "blame": blame,
         "error": link.call("HGET", of("task", blame), TASK["error"]) if blame else None,
         "dependencies": _states(store, _lines(row["deps"])),

@@ -11,7 +11,7 @@ SCHEMA = 1
 
 FIXED = {
     "meta": "meta",  # hash: see META
-    "ready": "ready",  # zset: rank + key of every ready task; score = -user priority, lowest runs first
+    "ready": "ready",  # zset: rank + key of ready tasks for any node; score = -user priority, lowest first
     "unsettled": "unsettled",  # set: keys that a script with a spent budget left for the sweep
     "functions": "functions",  # hash: function hash -> number of records that use it
     "clients": "clients",  # zset: client id -> lease deadline, ms
@@ -19,19 +19,29 @@ FIXED = {
     "slots": "slots",  # zset: slot that runs a ticket now -> lease deadline, ms
     "idle": "idle",  # zset: slot that waits for a wake-up -> since, ms
     "tickets": "tickets",  # zset: ticket sent and not yet taken -> lease deadline, ms
+    "copies": "copies",  # set: keys of which more copies are wanted than any one
+    "constraints": "constraints",  # hash: constraint -> number of records
+    "unrunnable": "unrunnable",  # hash: constraint that no live node meets -> since when it is known, ms
+    "jobs": "jobs",  # hash: job id -> JSON of what the coordinator is to do, and how far it is
     "leader": "leader",  # string with a time to live: id of the leading coordinator
 }
 PREFIXES = {
     "task": "t:",  # hash per key: the task record, see TASK
     "dependents": "d:",  # hash per key: dependent -> "", for every dependent that has a record
     "blob": "b:",  # hash per result or payload, named <token>:<key>: "h" head, "0", "1", ... pieces
+    "reply": "re:",  # list with a time to live: what an agent says to one who waits for a result
     "function": "f:",  # string per function hash: the pickled function
     "held": "c:",  # set per client: keys it holds
     "notices": "n:",  # stream per client: changes of state of what it holds
     "slot": "s:",  # hash per slot: key -> attempt of every task it owns
+    "home_queue": "ready:",  # zset per node: rank + size class + key of ready tasks for it; as `ready`
+    "picky": "picky:",  # zset per constraint: rank + key of its ready tasks; as `ready`
+    "node_tickets": "tickets:",  # zset per node: those of the tickets that only it takes
     "wake": "w:",  # list per slot: a token says that there is work
     "node": "node:",  # hash per node: see NODE
     "node_slots": "ns:",  # set per node: its slots that run a ticket now
+    "node_keys": "nk:",  # set per node: keys with a replica there
+    "mail": "mail:",  # list per node: what its agent is asked to do, see Store.mail
 }
 META = {
     "generation": "gen",  # random id of the namespace's birth: a change means that Redis was reset
@@ -60,15 +70,52 @@ TASK = {
     "nbytes": "b",
     "type": "y",  # type name of the result
     "value": "v",  # the result, if small
-    "attached": "g",  # 1 where blob, payload_blob or contains is there: one look instead of three
-    "blob": "x",  # token of the blob that holds the result, if large
+    "flags": "g",  # letters of FLAGS: one look tells what few records have
+    "replicas": "x",  # lines: where the copies of the result are, if it is large, see REPLICAS
     "contains": "c",  # keys of the futures inside the result, joined by newlines
     "error": "e",  # pickled error, on the task that raised it
     "blame": "l",  # key of the task that raised the error
     "retries": "t",  # retries left
     "deaths": "k",  # slots that died while they ran this task
+    "copies": "m",  # number of nodes that are to have a copy of the result; absent means 1
+    "copies_on": "mo",  # nodes of which each is to have a copy, joined by newlines
+    "constraint": "z",  # canonical JSON: `workers` (nodes or hosts) and `resources` (name -> amount)
+    "prefer": "i",  # nodes that should run it, joined by newlines
+    "home": "j",  # while ready and in the queue of a node: size class + node
 }
-NODE = {"slots": "slots", "pid": "pid", "pool": "pool", "versions": "versions", "hostname": "hostname"}
+FLAGS = {
+    "payload_blob": "p",
+    "replicas": "r",
+    "contains": "c",
+    "near": "n",  # some input has or had replicas: where they are may decide on the queue
+    "copies": "m",  # copies or copies_on
+    "constraint": "k",
+    "prefer": "h",
+}
+"""A letter in `flags` for each field, or fact, that few records have."""
+REPLICAS = ("token", "maker", "nbytes")
+"""What the first lines of `replicas` say; all others are places: nodes, or "@redis" for a blob.
+
+- token: names this version of the bytes, and the blob if there is one: the attempt, or a client's own.
+- maker: the slot that made the result, empty if a client brought it.
+- nbytes: its size.
+
+Invariant: each place once, at least one; every node is alive and has the key in its `node_keys`.
+"""
+NODE = {
+    "slots": "slots",
+    "pid": "pid",
+    "pool": "pool",
+    "versions": "versions",
+    "hostname": "hostname",
+    "dir": "dir",  # path of the node's folder in shared memory
+    "memory": "memory",  # JSON: bytes of files, live results, spilled results, the pool, processes
+    "limit": "limit",  # bytes of memory that it may use
+    "resources": "resources",  # JSON: name -> amount that its tasks may use at a time
+    "status": "status",  # running, paused, retiring or stopping; absent means running
+    "pace": "pace",  # ms that a task takes on average
+    "took": "took",  # when one of its slots took tasks last, ms
+}
 
 STATES = ("waiting", "ready", "processing", "memory", "erred", "released", "lost")
 ACTIVE = frozenset({"waiting", "ready", "processing"})

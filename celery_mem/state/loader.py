@@ -1,4 +1,7 @@
-"""Joins the Lua scripts: prelude, the parts that a script's LIB line names, names from `keys`, the script."""
+"""Joins the Lua scripts: prelude, the parts that a script's LIB line names, names from `keys`, the script.
+
+Of the parts a script gets only what it uses: each call makes every function of its script anew.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,17 @@ from importlib.resources import files
 
 from celery_mem.state import keys
 
-_TABLES = {"K": {**keys.FIXED, **keys.PREFIXES}, "F": keys.TASK, "M": keys.META, "N": keys.NODE}
-_NAME = re.compile(r"\b([KFMN])\.([a-z_]+)\b")
+_TABLES = {
+    "K": {**keys.FIXED, **keys.PREFIXES},
+    "F": keys.TASK,
+    "L": keys.FLAGS,
+    "M": keys.META,
+    "N": keys.NODE,
+}
+_NAME = re.compile(r"\b([KFLMN])\.([a-z_]+)\b")
 _LIB = re.compile(r"^-- LIB +(.*)$", re.MULTILINE)
+_LOCAL = re.compile(r"local (?:function )?([\w, ]+?)(?: =.*|\(.*|)$", re.MULTILINE)
+_WORD = re.compile(r"\w+")
 _FOLDER = files("celery_mem.state") / "scripts"
 
 
@@ -41,8 +52,9 @@ def load_script(name: str) -> Script:
     body = (_FOLDER / f"{name}.lua").read_text()
     lib = _LIB.search(body)
     parts = lib[1].split() if lib else []
-    joined = "\n".join([*("" if name == "open" else _part("prelude"),), *map(_part, parts), body])
-    source = _NAME.sub(lambda m: repr(_TABLES[m[1]][m[2]]), _strip_comments(joined))
+    shared = "\n".join(map(_part, parts if name == "open" else ["prelude", *parts]))
+    joined = _leave_out_unused(_strip_comments(shared), _strip_comments(body))
+    source = _NAME.sub(lambda m: repr(_TABLES[m[1]][m[2]]), joined)
     # A local is found faster than a field of a global; scripts make a dozen calls per task.
     source = "local call = redis.call\n" + source.replace("redis.call(", "call(")
     return Script(name, source, hashlib.sha1(source.encode()).hexdigest())  # noqa: S324 (Redis names scripts so)
@@ -50,6 +62,28 @@ def load_script(name: str) -> Script:
 
 def _part(name: str) -> str:
     return (_FOLDER / "lib" / f"{name}.lua").read_text()
+
+
+def _leave_out_unused(shared: str, body: str) -> str:
+    """Join both, without the functions and variables of `shared` whose names occur nowhere after them."""
+    kept, used = [body], set(_WORD.findall(body))
+    for statement in reversed(_statements(shared)):
+        match = _LOCAL.match(statement)
+        if match is None or not used.isdisjoint(_WORD.findall(match[1])):
+            kept.append(statement)
+            used.update(_WORD.findall(statement))
+    return "\n".join(reversed(kept))
+
+
+def _statements(source: str) -> list[str]:
+    """Cut at the lines that begin a statement: all that are not indented, but for the ends of blocks."""
+    found: list[str] = []
+    for line in source.splitlines():
+        if line[0].isspace() or line.startswith(("end", "else", "}")):
+            found[-1] += "\n" + line
+        else:
+            found.append(line)
+    return found
 
 
 def _strip_comments(source: str) -> str:

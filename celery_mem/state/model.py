@@ -11,7 +11,21 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from celery_mem.errors import UnknownDependencyError
+from celery_mem.errors import UnknownDependencyError, UnknownNodeError
+from celery_mem.state.placement import (
+    Entry,
+    Node,
+    best_homes,
+    cheapest,
+    fair_share,
+    fits,
+    may_run_on,
+    move_ms,
+    needs_of,
+    size_class,
+    wait_ms,
+)
+from celery_mem.state.store import REDIS
 
 WAITING, READY, PROCESSING = "waiting", "ready", "processing"
 MEMORY, ERRED, RELEASED, LOST = "memory", "erred", "released", "lost"
@@ -22,8 +36,8 @@ BROKEN = frozenset({ERRED, LOST})  # a task that waits for one of these errs
 TRANSITIONS: dict[str, frozenset[str]] = {
     RELEASED: frozenset({WAITING, MEMORY}),
     WAITING: frozenset({READY, ERRED, RELEASED, MEMORY}),
-    READY: frozenset({PROCESSING, RELEASED, MEMORY}),
-    PROCESSING: frozenset({MEMORY, READY, ERRED, RELEASED}),
+    READY: frozenset({PROCESSING, WAITING, ERRED, RELEASED, MEMORY}),
+    PROCESSING: frozenset({MEMORY, WAITING, ERRED, RELEASED}),
     MEMORY: frozenset({RELEASED, LOST}),
     ERRED: frozenset({RELEASED, MEMORY}),
     LOST: frozenset({MEMORY}),
@@ -43,20 +57,26 @@ class Task(NamedTuple):
     retries: int = 0
     hold: bool = True
     epoch: int = 0  # of its hold, where it is not the call's
+    constraint: str = ""
+    prefer: tuple[str, ...] = ()
 
 
 class Data(NamedTuple):
     """A result as its record tells it.
 
     Attributes:
-        value: the bytes of a small result; None where they are in a blob.
+        value: the bytes of a small result; None where there are copies of them.
         contains: keys of the futures inside, which live as long as the result does.
+        token: names the version of the bytes where there are copies.
+        place: where the first copy is.
     """
 
     nbytes: int
     type: str = "object"
     value: bytes | None = None
     contains: tuple[str, ...] = ()
+    token: str = ""
+    place: str = REDIS
 
 
 class Done(NamedTuple):
@@ -77,6 +97,14 @@ class Failed(NamedTuple):
 class Back(NamedTuple):
     key: str
     attempt: int
+
+
+class Missing(NamedTuple):
+    """An attempt that found no input; `lost` are the copies that were not there, as key, token and place."""
+
+    key: str
+    attempt: int
+    lost: tuple[tuple[str, str, str], ...]
 
 
 class Claim(NamedTuple):
@@ -116,6 +144,16 @@ class Record:
     attempt: int = 0  # the current or last one, 0 if data came without one
     owner: str | None = None  # Invariant: a slot while processing, else None
     data: Data | None = None  # Invariant: given exactly in state memory
+    maker: str = ""  # slot that made the data, where there are copies of it
+    places: set[str] = field(default_factory=set)  # Invariant: some exactly in state memory without a value
+    copies: int = 1  # wanted number of nodes with a copy
+    copies_on: tuple[str, ...] = ()  # nodes that are to have one
+    constraint: str = ""
+    prefer: tuple[str, ...] = ()
+    home: str = ""  # while ready, the node in whose queue it is; empty: another queue
+    letter: str = ""  # size class of its inputs at home
+    homes: set[str] = field(default_factory=set)  # nodes that might have been its home
+    is_placed: bool = False  # whether the three above are up to date, while ready
     error: bytes | None = None  # Invariant: given exactly while erred and to blame for it
     blame: str | None = None  # Invariant: given exactly while erred
     holders: dict[str, int] = field(default_factory=dict)  # client -> epoch of its hold; "@key", see Data
@@ -126,8 +164,11 @@ class Model:
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
-        self.slots: set[str] = set()
+        self.nodes: dict[str, Node] = {}  # live ones
+        self.slots: dict[str, str] = {}  # slot that runs a ticket -> its node
+        self.mail: list[tuple[str, str]] = []  # node, message
         self.last_attempt = 0
+        self.choices: dict[str, str] = {}  # key -> which of several nodes is to be its home
         self.notices: list[Notice] = []
 
     # --- what follows from the records ----------------------------------------------------------------------
@@ -147,9 +188,33 @@ class Model:
     def in_state(self, *states: str) -> list[Record]:
         return [record for record in self.records.values() if record.state in states]
 
-    def ready(self) -> list[str]:
-        """Ready keys, the one to run first at the front."""
-        return [r.key for r in sorted(self.in_state(READY), key=lambda r: (-r.priority, r.rank + r.key))]
+    def queue(self, home: str = "", constraint: str = "") -> list[Entry]:
+        """The queue of a node, that of a constraint, or else the shared one; first to run comes first."""
+        here = [r for r in self.in_state(READY) if (r.home, r.constraint) == (home, constraint)]
+        return sorted(Entry(-r.priority, r.rank + r.letter + r.key, r.key, r.letter) for r in here)
+
+    def free_resources(self, node: str) -> dict[str, float]:
+        """What a node has, less what the tasks of its slots use."""
+        free = dict(self.nodes[node].resources) if node in self.nodes else {}
+        for record in self.in_state(PROCESSING):
+            if self.slots.get(record.owner or "") == node:
+                for name, amount in needs_of(record.constraint).items():
+                    free[name] = free.get(name, 0) - amount
+        return free
+
+    def unrunnable(self) -> dict[str, int]:
+        """Constraint -> ready tasks that no live node may run, not even later."""
+        found: dict[str, int] = {}
+        for r in self.in_state(READY):
+            able = (
+                node.may_take
+                and may_run_on(r.constraint, name)
+                and fits(needs_of(r.constraint), node.resources)
+                for name, node in self.nodes.items()
+            )
+            if not r.home and not any(able):
+                found[r.constraint] = found.get(r.constraint, 0) + 1
+        return found
 
     def blames(self, key: str) -> set[str]:
         """Keys that an error of `key` may be blamed on: which of several is a matter of timing."""
@@ -183,13 +248,21 @@ class Model:
         self.settle()
 
     def put(self, client: str, epoch: int, key: str, data: Data) -> None:
-        """Hold `key` with `data`, given by the client instead of a run; data that is there already stays."""
+        """Hold `key` with `data`, given by the client instead of a run; data that is there already stays.
+
+        Raises:
+            UnknownNodeError: the copy is on a node that is not alive; nothing changed.
+        """
+        if data.value is None and not self._is_place(data.place):
+            raise UnknownNodeError("put", data.place)
         record = self.records.get(key)
         if record is None:
             record = self.records[key] = Record(key, RELEASED)
         record.holders[client] = epoch
         if record.state == MEMORY:
             self._tell_state(client, [(key, epoch)])
+            if data.value is None and not self._has_copy(record, data.token, data.place):
+                self._mail_drop(data.place, data.token)
         else:
             taken_down = list(self._erred_dependents(key)) if record.state in (ERRED, LOST) else []
             self._remember(record, data)
@@ -250,37 +323,42 @@ class Model:
         done: Iterable[Done] = (),
         failed: Iterable[Failed] = (),
         back: Iterable[Back] = (),
+        missing: Iterable[Missing] = (),
         want: int = 0,
         mode: str = "",
+        node: str = "node",
+        idle: Iterable[str] = (),
     ) -> StepReply:
         """Report what became of attempts, then take up to `want` ready tasks.
 
         Args:
             mode: letters: r give first what the slot owns already, as its last call may have gone unheard;
-                l leave if there is nothing to take; q leave in any case and take nothing.
+                l leave if there is nothing to take; q leave in any case and take nothing; p take nothing new.
+            node: the slot's node.
+            idle: slots that wait for work.
         """
-        self.slots.add(slot)
+        self.slots[slot] = node
         stale: list[str] = []
         for d in done:
             if record := self._current(d.key, d.attempt, stale):
-                if d.data is None:
-                    self._become(record, READY)
-                else:
-                    self._remember(record, d.data)
+                self._complete(record, d.data, slot, stale)
         for f in failed:
             if record := self._current(f.key, f.attempt, stale):
-                if f.retryable and record.retries > 0:
-                    record.retries -= 1
-                    self._become(record, READY)
-                else:
-                    self._err(record, f.key, f.error)
+                self._fail(record, f)
         for b in back:
             if record := self._current(b.key, b.attempt, stale):
-                self._become(record, READY)
+                self._become(record, WAITING)
+        for m in missing:
+            for key, token, place in m.lost:
+                self._lose_copy(key, token, place)
+            if record := self._current(m.key, m.attempt, stale):
+                self._become(record, WAITING)
+        were_ready = {r.key for r in self.in_state(READY)}
         self.settle()
-        claimed = [] if "q" in mode else self._claim(slot, want, again="r" in mode)
+        fresh = {r.key for r in self.in_state(READY)} - were_ready
+        claimed = self._take(slot, want, mode, fresh, set(idle))
         if "q" in mode or ("l" in mode and not claimed):
-            self.slots.discard(slot)
+            del self.slots[slot]
         return StepReply(stale, claimed)
 
     def abandon_slot(self, slot: str, allowed: int, error: bytes) -> tuple[list[str], list[str]]:
@@ -294,8 +372,8 @@ class Model:
             if record.deaths > allowed:
                 self._err(record, record.key, error)
             else:
-                self._become(record, READY)
-        self.slots.discard(slot)
+                self._become(record, WAITING)
+        self.slots.pop(slot, None)
         self.settle()
         return [r.key for r in lost], [r.key for r in lost if r.deaths > allowed]
 
@@ -303,12 +381,84 @@ class Model:
         """Release all that `client` holds."""
         self.release(client, list(self.records))
 
+    def heartbeat(self, node: str, **fields: Any) -> None:
+        """A node lives; `fields` are what it tells of itself."""
+        known = self.nodes.setdefault(node, Node(slots=0))
+        for name, value in fields.items():
+            setattr(known, name, value)
+
+    def leave_node(self, node: str) -> None:
+        """A node is gone: its copies are lost, what was in its queue goes to others."""
+        for record in self.in_state(MEMORY):
+            if record.data:
+                self._lose_copy(record.key, record.data.token, node)
+        self.nodes.pop(node, None)
+        self.mail = [(to, message) for to, message in self.mail if to != node]
+        for record in self.in_state(READY):
+            if record.home == node:
+                record.is_placed = False
+        self.settle()
+
+    # --- copies
+
+    def gain(self, place: str, items: Iterable[tuple[str, str]], *, is_there: bool = True) -> list[str]:
+        """Copies, as key and token, were made at `place`; return the keys of those that must be dropped."""
+        refused = []
+        for key, token in items:
+            record = self.records.get(key)
+            if record and self._names(record, token) and self._is_place(place) and is_there:
+                record.places.add(place)
+            else:
+                refused.append(key)
+        return refused
+
+    def lose(self, place: str, items: Iterable[tuple[str, str]]) -> None:
+        """Copies, as key and token, are not at `place` any more."""
+        for key, token in items:
+            self._lose_copy(key, token, place)
+        self.settle()
+
+    def shed(self, place: str, items: Iterable[tuple[str, str]]) -> list[str]:
+        """Drop copies, as key and token, where enough are left; return the keys of those dropped."""
+        dropped = []
+        for key, token in items:
+            record = self.records.get(key)
+            if record is None or not self._has_copy(record, token, place) or place in record.copies_on:
+                continue
+            left = record.places - {place}
+            if left and (record.copies == 1 or place == REDIS or len(left - {REDIS}) >= record.copies):
+                record.places = left
+                self._mail_drop(place, token)
+                dropped.append(key)
+        return dropped
+
+    def want_copies(self, keys: Iterable[str], n: int, nodes: Sequence[str] = ()) -> list[str]:
+        """Want copies on `n` nodes and on each of `nodes` while the key is wanted; return unknown keys."""
+        unknown = []
+        for key in keys:
+            if record := self.records.get(key):
+                record.copies, record.copies_on = n, tuple(nodes)
+            else:
+                unknown.append(key)
+        self.settle()
+        return unknown
+
+    def refuse(self, constraint: str, error: bytes) -> None:
+        """Err the ready tasks that no live node may run under `constraint`."""
+        if constraint in self.unrunnable():
+            for entry in self.queue(constraint=constraint):
+                self._err(self.records[entry.key], entry.key, error)
+        self.settle()
+
     # --- the rules ------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
         """Apply the local rule to every record until it changes none."""
         while sum(self._settle_one(key) for key in list(self.records)):
             pass
+        for record in self.in_state(READY):
+            if not record.is_placed:
+                self._place(record)
 
     def _settle_one(self, key: str) -> bool:
         """Apply the local rule to `key` once; tell whether it changed anything."""
@@ -318,6 +468,7 @@ class Model:
         return self._settle_wanted(record) if self.wanted(key) else self._settle_unwanted(record)
 
     def _settle_unwanted(self, record: Record) -> bool:
+        record.copies, record.copies_on = 1, ()
         if record.state in ACTIVE:
             self._become(record, RELEASED)
         elif record.state == MEMORY:
@@ -345,20 +496,27 @@ class Model:
         assert state in TRANSITIONS[record.state], f"{record.key}: {record.state} -> {state}"
         for inner in self._inside(record):
             inner.holders.pop(f"@{record.key}", None)
+        for place in record.places:
+            self._mail_drop(place, record.data.token if record.data else "")
         record.state = state
         record.owner, record.data, record.error, record.blame = None, None, None, None
+        record.maker, record.places = "", set()
+        record.home, record.letter, record.homes, record.is_placed = "", "", set(), False
 
     def _create(self, task: Task, generation: int) -> Record:
         rank = f"{generation:010x}{task.order:06x}"
         record = Record(
             task.key, RELEASED, task.function, task.payload, task.deps, task.priority, rank, task.retries
         )
+        record.constraint, record.prefer = task.constraint, task.prefer
         self.records[task.key] = record
         return record
 
-    def _remember(self, record: Record, data: Data) -> None:
+    def _remember(self, record: Record, data: Data, maker: str = "") -> None:
         self._become(record, MEMORY)
         record.data = data
+        if data.value is None:
+            record.maker, record.places = maker, {data.place}
         for inner in self._inside(record):
             inner.holders[f"@{record.key}"] = 0
         self._tell(record, self._code(record))
@@ -375,18 +533,128 @@ class Model:
             self._become(self.records[key], RELEASED)
             self._tell(self.records[key], "p")
 
-    def _claim(self, slot: str, want: int, again: bool) -> list[Claim]:
-        owned = [r for r in self.in_state(PROCESSING) if r.owner == slot] if again and want > 0 else []
-        ready = self.ready()
-        fair = -(-len(ready) // max(1, len(self.slots)))  # rounded up
+    def _is_place(self, place: str) -> bool:
+        return place == REDIS or place in self.nodes
+
+    def _names(self, record: Record, token: str) -> bool:
+        """Tell whether this version is the one of which there are copies."""
+        return record.data is not None and record.data.value is None and record.data.token == token
+
+    def _has_copy(self, record: Record, token: str, place: str) -> bool:
+        return self._names(record, token) and place in record.places
+
+    def _mail_drop(self, place: str, token: str) -> None:
+        if place != REDIS:
+            self.mail.append((place, f"d {token}"))
+
+    def _lose_copy(self, key: str, token: str, place: str) -> None:
+        """A copy is gone; with the last one so is the result, and what was ready to read it waits again."""
+        record = self.records.get(key)
+        if record is None or not self._has_copy(record, token, place):
+            return
+        record.places.discard(place)
+        self._mail_drop(place, token)
+        if not record.places:
+            self._become(record, RELEASED if record.function is not None else LOST)
+            self._tell(record, "p" if record.function is not None else "l")
+            for name in self.dependents(key):
+                if self.records[name].state == READY:
+                    self._become(self.records[name], WAITING)
+
+    def _place(self, record: Record) -> None:
+        """Choose the queue of a ready task."""
+        record.is_placed = True
+        record.home, record.letter, record.homes = "", "", set()
+        if record.constraint:
+            return
+        bytes_at: dict[str, int] = {}
+        for dep in (self.records[d] for d in record.deps):
+            for place in dep.places:
+                if place in self.nodes and self.nodes[place].takes and dep.data:
+                    bytes_at[place] = bytes_at.get(place, 0) + dep.data.nbytes
+        preferred = [n for n in record.prefer if n in self.nodes and self.nodes[n].takes]
+        record.homes = best_homes(bytes_at, preferred)
+        if record.homes:
+            choice = self.choices.get(record.key)
+            record.home = choice if choice in record.homes else min(record.homes)
+            record.letter = size_class(bytes_at.get(record.home, 0))
+
+    def _choose(self, slot: str, want: int, fresh: set[str]) -> list[str]:
+        """The next tasks for a slot, by priority, from the queues that it shares: its node's comes first.
+
+        Args:
+            fresh: keys that became ready by its own report: in its node's queue they come before others.
+        """
+        node = self.slots[slot]
+        here = sum(n == node for n in self.slots.values())
+        own = self.queue(home=node)
+        found = [(e.score, 0, e.text, e.key) for e in own if e.key in fresh]
+        found += [
+            (e.score, 1, e.text, e.key) for e in own[: fair_share(len(own), here)] if e.key not in fresh
+        ]
+        free = self.free_resources(node)
+        for constraint in {r.constraint for r in self.in_state(READY)} - {""}:
+            needs = needs_of(constraint)
+            if may_run_on(constraint, node) and fits(needs, free):
+                queue = self.queue(constraint=constraint)
+                share = 1 if needs else fair_share(len(queue), len(self.slots))
+                found += [(e.score, 1, e.text, e.key) for e in queue[:share]]
+        shared = self.queue()
+        found += [(e.score, 2, e.text, e.key) for e in shared[: fair_share(len(shared), len(self.slots))]]
+        chosen: list[str] = []
+        uses_resources = False
+        for _, _, _, key in sorted(found):
+            needs = needs_of(self.records[key].constraint)
+            if len(chosen) < want and not (needs and uses_resources):
+                uses_resources = uses_resources or bool(needs)
+                chosen.append(key)
+        return chosen
+
+    def _steal(self, slot: str, idle: set[str]) -> list[str]:
+        """The task of another node's queue that is cheapest to move, if to wait there costs more."""
+        thief = self.slots[slot]
+        homes = {r.home for r in self.in_state(READY)} - {"", thief}
+        for home in sorted(homes, key=lambda h: (-len(self.queue(home=h)), h)):
+            queue = self.queue(home=home)
+            entry = cheapest(queue)
+            idles = any(self.slots.get(s) == home for s in idle)
+            if entry and wait_ms(self.nodes.get(home), len(queue), has_idle_slots=idles) > move_ms(
+                entry.letter
+            ):
+                return [entry.key]
+        return []
+
+    def _complete(self, record: Record, data: Data | None, slot: str, stale: list[str]) -> None:
+        """Take the result of the current attempt; without it, or its node, the task runs again."""
+        if data is not None and (data.value is not None or self._is_place(data.place)):
+            self._remember(record, data, slot)
+            return
+        self._become(record, WAITING)
+        if data is not None:
+            stale.append(record.key)  # the slot is to drop the copy
+
+    def _fail(self, record: Record, failed: Failed) -> None:
+        if failed.retryable and record.retries > 0:
+            record.retries -= 1
+            self._become(record, WAITING)
+        else:
+            self._err(record, record.key, failed.error)
+
+    def _take(self, slot: str, want: int, mode: str, fresh: set[str], idle: set[str]) -> list[Claim]:
+        """What a step gives its slot; see `step` and `_choose`."""
+        owned = [r for r in self.in_state(PROCESSING) if r.owner == slot] if "r" in mode and want > 0 else []
         claimed = [Claim(r.key, r.attempt) for r in owned]
-        for key in ready[: max(0, min(want, max(1, fair)) - len(owned))]:
-            record = self.records[key]
-            self._become(record, PROCESSING)
-            self.last_attempt += 1
-            record.attempt, record.owner = self.last_attempt, slot
-            claimed.append(Claim(key, record.attempt))
+        if not {"q", "p"} & set(mode) and (n := want - len(owned)) > 0:
+            chosen = self._choose(slot, n, fresh) or ([] if owned else self._steal(slot, idle))
+            claimed += [self._claim(slot, key) for key in chosen]
         return claimed
+
+    def _claim(self, slot: str, key: str) -> Claim:
+        record = self.records[key]
+        self._become(record, PROCESSING)
+        self.last_attempt += 1
+        record.attempt, record.owner = self.last_attempt, slot
+        return Claim(key, record.attempt)
 
     def _closure(self, keys: Iterable[str], neighbours: Callable[[str], Iterable[str]]) -> list[str]:
         """The erred records among `keys`, and all erred ones that `neighbours` leads to from them."""
@@ -446,6 +714,11 @@ class Model:
         taken, self.notices = self.notices, []
         return taken
 
+    def take_mail(self) -> list[tuple[str, str]]:
+        """Return node and message of the mail since the last call."""
+        taken, self.mail = self.mail, []
+        return taken
+
     def snapshot(self) -> dict[str, Any]:
         """The whole state as plain dicts and lists, derived fields and indexes included."""
         records = {
@@ -465,7 +738,14 @@ class Model:
                 "nbytes": r.data.nbytes if r.data else None,
                 "type": r.data.type if r.data else None,
                 "value": r.data.value if r.data else None,
-                "blob": r.data is not None and r.data.value is None,
+                "token": r.data.token if r.data and r.data.value is None else "",
+                "maker": r.maker,
+                "places": sorted(r.places),
+                "copies": r.copies,
+                "copies_on": list(r.copies_on),
+                "constraint": r.constraint,
+                "prefer": list(r.prefer),
+                "home": r.home,
                 "contains": list(r.data.contains) if r.data else [],
                 "error": r.error,
                 "blame": r.blame,
@@ -475,6 +755,8 @@ class Model:
         clients: dict[str, list[str]] = {}
         owned: dict[str, dict[str, int]] = {}
         functions: dict[str, int] = {}
+        constraints: dict[str, int] = {}
+        node_keys: dict[str, list[str]] = {}
         for key, r in sorted(self.records.items()):
             for client in r.holders:
                 if not client.startswith("@"):
@@ -483,14 +765,29 @@ class Model:
                 owned.setdefault(r.owner, {})[key] = r.attempt
             if r.function is not None:
                 functions[r.function] = functions.get(r.function, 0) + 1
+            if r.constraint:
+                constraints[r.constraint] = constraints.get(r.constraint, 0) + 1
+            for node in r.places - {REDIS}:
+                node_keys.setdefault(node, []).append(key)
         return {
             "records": records,
             "holders": {key: dict(r.holders) for key, r in sorted(self.records.items()) if r.holders},
             "dependents": {key: sorted(d) for key in sorted(self.records) if (d := self.dependents(key))},
-            "ready": self.ready(),
+            "ready": [entry.key for entry in self.queue()],
+            "homes": {
+                home: [entry.text for entry in self.queue(home=home)]
+                for home in {r.home for r in self.in_state(READY)} - {""}
+            },
+            "picky": {
+                constraint: [entry.key for entry in self.queue(constraint=constraint)]
+                for constraint in {r.constraint for r in self.in_state(READY)} - {""}
+            },
             "clients": clients,
             "owned": owned,
             "functions": functions,
+            "constraints": constraints,
+            "node_keys": node_keys,
+            "copies": [key for key, r in sorted(self.records.items()) if r.copies > 1 or r.copies_on],
             "last_attempt": self.last_attempt,
         }
 
@@ -510,9 +807,12 @@ class Model:
             if r.state == WAITING:
                 assert self.waiting(key) > 0, f"rule 6: {key} waits for nothing"
                 assert states <= ACTIVE | {MEMORY}, f"rule 3: {key} waits for what nobody makes"
-            if r.state in {READY, PROCESSING}:
-                assert states <= {MEMORY}, f"rule 6: {key} is {r.state} without its dependencies"
+            if r.state == READY:  # while it runs, the slot finds out
+                assert states <= {MEMORY}, f"rule 6: {key} is ready without its dependencies"
+                assert not r.home or r.home in self.nodes, f"{key} is in the queue of {r.home}, which is gone"
             assert (r.owner is not None) == (r.state == PROCESSING), f"rule 6: owner of {key}"
             assert (r.data is not None) == (r.state == MEMORY), f"data of {key}, which is {r.state}"
+            assert r.places <= {REDIS, *self.nodes}, f"rule 7: {key} has a copy on a node that is gone"
+            assert bool(r.places) == (r.data is not None and r.data.value is None), f"copies of {key}"
             assert (r.blame is not None) == (r.state == ERRED), f"blame of {key}, which is {r.state}"
             assert (r.error is not None) == (r.blame == key), f"error bytes of {key}, blamed on {r.blame}"

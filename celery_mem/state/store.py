@@ -11,11 +11,17 @@ from redis.exceptions import ResponseError
 
 from celery_mem.config import Settings
 from celery_mem.errors import RedisUnavailableError
-from celery_mem.state.keys import SCHEMA, Keys
+from celery_mem.state.keys import SCHEMA, TASK, Keys
 from celery_mem.state.link import Command, Link
 from celery_mem.state.loader import load_script
 
 MIN_REDIS = (6, 2)
+PAGE = 1000
+"""Keys that one read asks for."""
+
+
+REDIS = "@redis"
+"""The place of a copy that is a blob in Redis; every other place is the name of a node."""
 
 
 class NewTask(NamedTuple):
@@ -33,6 +39,8 @@ class NewTask(NamedTuple):
         hold: whether the submitting client holds it.
         epoch: the client's number for that hold, where calls with numbers of their own are sent together; 0
             takes the number of the submission.
+        constraint: which nodes may run it, as canonical JSON (graph/constraints.py); empty for any.
+        prefer: nodes that should run it, one a line; others may once these are busy.
     """
 
     key: str
@@ -45,10 +53,23 @@ class NewTask(NamedTuple):
     retries: int = 0
     hold: bool = True
     epoch: int = 0
+    constraint: str = ""
+    prefer: str = ""
 
 
 class NewData(NamedTuple):
-    """Data that a client brings. `kind` is "v" for a value in `data`, "b" for the token of a blob."""
+    """Data that a client brings.
+
+    Attributes:
+        key: key text.
+        nbytes: size of the result.
+        type: name of its type.
+        kind: "v" for a value in `data`; "b" for a blob in Redis, "n" for a copy in the memory of a node:
+            then `data` is the token that names this version of the bytes, file-safe text never given twice.
+        data: see `kind`.
+        contains: keys of the futures inside.
+        place: the node that has the copy of kind "n".
+    """
 
     key: str
     nbytes: int
@@ -56,10 +77,11 @@ class NewData(NamedTuple):
     kind: str
     data: bytes | str
     contains: Sequence[str] = ()
+    place: str = ""
 
 
 class Done(NamedTuple):
-    """A completed attempt; fields as in `NewData`."""
+    """A completed attempt, as in `NewData`; a copy of kind "n" is on the node of the slot."""
 
     key: str
     attempt: str
@@ -79,8 +101,29 @@ class Failed(NamedTuple):
     may_retry: bool = True
 
 
+class Missing(NamedTuple):
+    """An attempt that could not begin, as inputs were not where Redis says.
+
+    Attributes:
+        key: the task, which waits for its inputs again; the attempt is void, retries are left as they were.
+        attempt: its attempt.
+        lost: dependency, token and place of every copy that was not there; each counts as `Store.lose`.
+    """
+
+    key: str
+    attempt: str
+    lost: Sequence[tuple[str, str, str]]
+
+
 class Input(NamedTuple):
-    """A dependency of a taken task: kind "v" with its value, "b" with its blob's token, "-" if it is gone."""
+    """A dependency of a taken task.
+
+    Attributes:
+        key: key text.
+        kind: "v" for a value; "r" for copies elsewhere; "-" if it is gone.
+        data: the value; or of copies the lines token, slot that made it (empty if a client brought it),
+            nbytes, place, place...
+    """
 
     key: str
     kind: str
@@ -99,27 +142,74 @@ class Taken(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step gave: tasks to run, keys whose report came too late, tickets to send."""
+    """What a step gave.
+
+    Attributes:
+        taken: tasks to run.
+        stale: keys whose report came too late, or whose copy is not wanted: drop what was kept of them.
+        tickets: to be sent.
+    """
 
     taken: list[Taken]
     stale: list[str]
     tickets: Tickets
 
 
-class Tickets(NamedTuple):
-    """Tickets that the caller must send: ids, and the Celery queue (empty if the nodes named none)."""
+class Ticket(NamedTuple):
+    """A ticket that the caller must send: the Celery queue (empty if the nodes named none), and its id."""
 
     queue: str
-    ids: list[str]
+    id: str
 
 
-NO_TICKETS = Tickets("", [])
+Tickets = list[Ticket]
+
+
+class Leave(NamedTuple):
+    """How far a node is gone.
+
+    Attributes:
+        slots: slots that still run a ticket and must be abandoned first; nothing else was done.
+        left: replicas and queued tasks that are still its own; call again.
+        tickets: to be sent.
+    """
+
+    slots: list[str]
+    left: int
+    tickets: Tickets
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the node is gone."""
+        return not self.slots and not self.left
+
+
+class Location(NamedTuple):
+    """Where the copies of a key are.
+
+    Attributes:
+        key: key text.
+        state: its state; unless it is "memory" there are no copies.
+        nbytes: size of the result.
+        token: names the version of its bytes; empty for a value inside its record.
+        owner: slot that made it; empty if a client brought it.
+        places: nodes that have a copy, and `REDIS`.
+        copies: wanted number of nodes with a copy.
+        copies_on: nodes of which each is to have a copy.
+    """
+
+    key: str
+    state: str
+    nbytes: int = 0
+    token: str = ""
+    owner: str = ""
+    places: tuple[str, ...] = ()
+    copies: int = 1
+    copies_on: tuple[str, ...] = ()
 
 
 def _tickets(reply: Sequence[bytes]) -> Tickets:
-    if not reply:
-        return NO_TICKETS
-    return Tickets(reply[0].decode(), [t.decode() for t in reply[1:]])
+    return [Ticket(reply[i].decode(), reply[i + 1].decode()) for i in range(0, len(reply), 2)]
 
 
 def _texts(reply: Iterable[bytes]) -> list[str]:
@@ -207,9 +297,24 @@ class Store:
         ]
         for pair in pairs:
             args += pair
-        for key, function, payload, blob, deps, priority, order, retries, hold, own_epoch in tasks:
+        for task in tasks:
+            (
+                key,
+                function,
+                payload,
+                blob,
+                deps,
+                priority,
+                order,
+                retries,
+                hold,
+                own_epoch,
+                constraint,
+                prefer,
+            ) = task
             held = (own_epoch or epoch) if hold else ""
-            args += (key, function, payload, blob, priority, order, retries, held, len(deps))
+            args += (key, function, payload, blob, priority, order, retries, held)
+            args += (constraint, prefer, len(deps))
             args += deps
         rank, tickets = self._graph("submit", *args, before=before)
         return rank, _tickets(tickets)
@@ -220,7 +325,7 @@ class Store:
         """Put data that the client brings into the graph and hold it."""
         args: list[Any] = [client, epoch, self.settings.notice_limit]
         for d in data:
-            args += (d.key, d.nbytes, d.type, d.kind, d.data, "\n".join(d.contains))
+            args += (d.key, d.nbytes, d.type, d.kind, d.data, "\n".join(d.contains), d.place)
         return _tickets(self._graph("put", *args, before=before))
 
     def hold(self, client: str, epoch: int, keys: Iterable[str]) -> tuple[list[str], Tickets]:
@@ -256,18 +361,40 @@ class Store:
         done: Sequence[Done] = (),
         failed: Sequence[Failed] = (),
         back: Sequence[tuple[str, str]] = (),
+        missing: Sequence[Missing] = (),
+        pace_ms: float | None = None,
         before: Sequence[Command] = (),
     ) -> Step:
-        """Report what was done and take what is next, in one round trip; see scripts/step.lua."""
+        """Report what was done and take what is next, in one round trip; see scripts/step.lua.
+
+        Args:
+            slot: name of the slot.
+            node: the node it belongs to.
+            ticket: the ticket that this call takes up.
+            mode: letters: i it was idle, l leave if there is nothing to take, q leave in any case and take
+                nothing, r give again what it owns, p its node is paused and takes nothing new, m it keeps
+                large results on its node and takes nothing while that is not alive.
+            want: most tasks to take.
+            done: completions.
+            failed: failures.
+            back: tasks handed back, as key and attempt.
+            missing: attempts whose inputs were not there.
+            pace_ms: how long a task takes on this node, on average; None where nothing is new.
+            before: plain commands to send ahead.
+        """
         s = self.settings
         args: list[Any] = [slot, node, _ms(s.node_lease), ticket, mode, want, s.notice_limit]
-        args += (len(done), len(failed), len(back))
+        args += (len(done), len(failed), len(back), len(missing), "" if pace_ms is None else pace_ms)
         for key, attempt, nbytes, type_name, kind, data, contains in done:
             args += (key, attempt, nbytes, type_name, kind, data, "\n".join(contains) if contains else "")
         for f in failed:
             args += (f.key, f.attempt, f.error, int(f.may_retry))
         for pair in back:
             args += pair
+        for m in missing:
+            args += (m.key, m.attempt, len(m.lost))
+            for copy in m.lost:
+                args += copy
         taken, stale, tickets = self._graph("step", *args, before=before, repeat=_repeat_step)
         return Step([_taken(t) for t in taken], _texts(stale), _tickets(tickets))
 
@@ -276,15 +403,128 @@ class Store:
         fields = [x for pair in news.items() for x in pair]
         return _texts(self._run("heartbeat", node, _ms(self.settings.node_lease), queue, *fields))
 
-    def leave_node(self, node: str, *, fence: str = "") -> list[str]:
-        """Take a node off the list; returns slots that must be abandoned first, then call again."""
-        return _texts(self._run("leave_node", node, fence))
+    def leave_node(self, node: str, *, fence: str = "", most: int = 500) -> Leave:
+        """Take a node off the list, and its replicas, at most `most` in a call; call until it is over."""
+        slots, left, tickets = self._graph("leave_node", node, fence, most)
+        return Leave(_texts(slots), left, _tickets(tickets))
 
     def abandon_slot(self, slot: str, node: str, error: bytes) -> tuple[list[str], list[str], Tickets]:
         """Give up a slot that is gone; returns what it was running and what erred for it."""
         allowed = self.settings.allowed_failures
         keys, killed, tickets = self._graph("abandon_slot", slot, node, allowed, error)
         return _texts(keys), _texts(killed), _tickets(tickets)
+
+    # --- copies ---
+
+    def gain(self, place: str, items: Sequence[tuple[str, str]]) -> list[str]:
+        """Record copies that were made at `place`, as key and token; returns keys whose copy must be dropped.
+
+        Those are keys whose record does not name that token (any more), and all if `place` is no live node.
+        A blob that a copy at `REDIS` names must be there.
+        """
+        return _texts(self._graph("gain", place, *_flat(items)))
+
+    def lose(self, place: str, items: Sequence[tuple[str, str]]) -> Tickets:
+        """Record that copies at `place`, as key and token, are not there any more.
+
+        With the last copy the result is gone: it is made again, and so first are those of its inputs that are
+        gone too; what waited or was ready for it waits again, and its holders are told that it is pending.
+        What cannot be made is lost: what waits for it errs, and its holders are told so.
+        """
+        return _tickets(self._graph("lose", place, *_flat(items)))
+
+    def shed(self, place: str, items: Sequence[tuple[str, str]]) -> list[str]:
+        """Drop copies at `place`, as key and token, where enough others are left; returns the keys shed.
+
+        Enough is one, or as many on nodes as `want_copies` asked for; a node that it named keeps its copy.
+        A node learns by its mailbox what it is to drop.
+        """
+        return _texts(self._graph("shed", place, *_flat(items)))
+
+    def want_copies(self, keys: Sequence[str], n: int, nodes: Sequence[str] = ()) -> list[str]:
+        """Ask for copies on `n` nodes, and on each of `nodes`; 1 and none takes that back.
+
+        It stays in force for as long as anybody wants the key, through losses as well. Returns unknown keys.
+        """
+        return _texts(self._graph("want_copies", n, "\n".join(nodes), *keys))
+
+    def on_node(self, node: str) -> list[str]:
+        """Return the keys that have a replica on `node`. Plain reads, in pages that hold up nobody."""
+        return self._members(self.keys.of("node_keys", node))
+
+    def copied_keys(self) -> list[str]:
+        """Return the keys for which `want_copies` is in force. Plain reads, in pages that hold up nobody."""
+        return self._members(self.keys.fixed("copies"))
+
+    def _members(self, name: str) -> list[str]:
+        found: dict[bytes, None] = {}
+        cursor = b"0"
+        while True:
+            cursor, page = self.link.call("SSCAN", name, cursor, "COUNT", PAGE)
+            found.update(dict.fromkeys(page))
+            if int(cursor) == 0:
+                return _texts(found)
+
+    def locate(self, keys: Sequence[str]) -> list[Location | None]:
+        """Tell where the copies of keys are; None for a key without a record. Plain reads."""
+        fields = [TASK[name] for name in ("state", "nbytes", "replicas", "copies", "copies_on")]
+        found: list[Location | None] = []
+        for start in range(0, len(keys), PAGE):
+            page = keys[start : start + PAGE]
+            rows = self.link.batch([("HMGET", self.keys.of("task", key), *fields) for key in page])
+            found += [_location(key, *row) for key, row in zip(page, rows, strict=True)]
+        return found
+
+    def mail(self, node: str, *messages: str) -> bool:
+        """Put messages into the mailbox of a node's agent; returns False, and does not, if it is not alive.
+
+        Messages: `d <token>` drop a copy; `p <token> <reply list> <key>` publish it as a transit copy and say
+        so on the reply list; `f <token> <nbytes> <key>` fetch it and become a replica; `s <token> <key>` save
+        it to Redis as a lasting copy.
+        """
+        return bool(self._run("mail", node, *messages))
+
+    # --- jobs ---
+
+    def post_job(self, job: str, progress: dict[str, Any], *, fence: str = "") -> None:
+        """Ask the coordinator for a job, or tell how far it is."""
+        self._run("job", job, json.dumps(progress), fence)
+
+    def end_job(self, job: str, *, fence: str = "") -> None:
+        """Take a job off the list."""
+        self._run("job", job, "", fence)
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Return all jobs by id, as they were last told of."""
+        reply = self.link.call("HGETALL", self.keys.fixed("jobs"))
+        return {reply[i].decode(): json.loads(reply[i + 1]) for i in range(0, len(reply), 2)}
+
+    # --- nodes, as anyone may see them ---
+
+    def node_infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the live nodes say of themselves, by name: the fields of `NODE`, JSON decoded.
+
+        Numbers are numbers; a field that a node never told is missing.
+        """
+        names = _texts(self.link.call("ZRANGE", self.keys.fixed("nodes"), 0, -1))
+        replies = self.link.batch([("HGETALL", self.keys.of("node", n)) for n in names]) if names else []
+        return {name: _node_info(reply) for name, reply in zip(names, replies, strict=True)}
+
+    def unrunnable(self) -> dict[str, tuple[int, int]]:
+        """Return the constraints of ready tasks that no live node may run: number of tasks, and since when.
+
+        That time is by the server's clock, in ms, and the moment of the first such call that found it so. The
+        constraint "" stands for tasks without one, which run nowhere only while there are no nodes.
+        """
+        reply = self._run("unrunnable")
+        return {reply[i].decode(): (reply[i + 1], int(reply[i + 2])) for i in range(0, len(reply), 3)}
+
+    def refuse(
+        self, constraint: str, error: bytes, *, fence: str = "", most: int = 500
+    ) -> tuple[int, Tickets]:
+        """Err up to `most` tasks under `constraint` that no live node may run; returns how many stay."""
+        left, tickets = self._graph("refuse", constraint, error, fence, most)
+        return left, _tickets(tickets)
 
     # --- coordinator ---
 
@@ -318,6 +558,45 @@ def _ms(seconds: float) -> int:
     return int(seconds * 1000)
 
 
+def _location(
+    key: str,
+    state: bytes | None,
+    nbytes: bytes | None,
+    replicas: bytes | None,
+    copies: bytes | None,
+    copies_on: bytes | None,
+) -> Location | None:
+    if state is None:
+        return None
+    token, maker, _, *places = replicas.decode().split("\n") if replicas else ("", "", "")
+    wanted_on = copies_on.decode().split("\n") if copies_on else ()
+    return Location(
+        key, state.decode(), int(nbytes or 0), token, maker, tuple(places), int(copies or 1), tuple(wanted_on)
+    )
+
+
+def _flat(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    return [x for pair in pairs for x in pair]
+
+
+def _node_info(reply: Sequence[bytes]) -> dict[str, Any]:
+    """Decode a node hash: numbers and JSON objects as such, all else as text."""
+    info: dict[str, Any] = {}
+    for i in range(0, len(reply), 2):
+        name, text = reply[i].decode(), reply[i + 1].decode(errors="replace")
+        info[name] = json.loads(text) if text[:1] in {"{", "["} else _as_number(text)
+    return info
+
+
+def _as_number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 def _repeat_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments of a step whose reply was lost: it asks again for what that gave."""
     mode = 10  # 4 that every script gets with KEYS, 2 of every script that changes the graph, then the step's
@@ -326,12 +605,12 @@ def _repeat_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _taken(reply: Sequence[Any]) -> Taken:
     key, attempt, function, payload, blob, flat = reply
-    inputs = (
-        [Input(flat[i].decode(), flat[i + 1].decode(), flat[i + 2]) for i in range(0, len(flat), 3)]
-        if flat
-        else []
-    )
+    inputs = [_input(*flat[i : i + 3]) for i in range(0, len(flat), 3)] if flat else []
     return Taken(key.decode(), attempt.decode(), function.decode(), payload, blob.decode(), inputs)
+
+
+def _input(key: bytes, kind: bytes, data: bytes) -> Input:
+    return Input(key.decode(), kind.decode(), data)
 
 
 def _check_version(link: Link) -> None:

@@ -7,27 +7,35 @@ from collections.abc import Callable
 import pytest
 
 from celery_mem.state.audit import RULES, Violation, audit
-from celery_mem.state.keys import FIXED, META, PREFIXES, TASK
+from celery_mem.state.keys import FIXED, FLAGS, META, PREFIXES, TASK
 from celery_mem.state.store import Done, Failed, NewData, NewTask, Store
 
 Command = tuple[object, ...]
+
+NODE = "a@one"
+ON_NODE = '{"workers":["a@one"]}'
+RANK = "0" * 16
 
 
 @pytest.fixture
 def graph(make_store: Callable[..., Store]) -> Store:
     """A sound namespace with tasks in all states: what its tests break is not audited at their end.
 
-    Keys: `gone` is lost, `input` was freed when `made` was done, `large` has a blob;
-    `outer` contains `inner`; `bad` failed and took `victim` down; `running` runs, and `waits`
-    for it; `ready` is ready.
+    Keys: `gone` is lost, `input` was freed when `made` was done, `large` has a blob, `copied` has a copy on
+    the node and is to have more; `outer` contains `inner`; `bad` failed and took `victim` down; `running`
+    runs, and `waits` for it; three are ready: `ready` for any node, `near` for that of `copied`, and `picky`
+    under a constraint.
     """
     store = make_store()
+    store.heartbeat(NODE, slots=2)
     store.renew_client("alice", join=True)
     data = store.keys.blob("token", "large")
     call = store.keys.blob("call", "ready")
     store.put("alice", 1, [NewData("gone", 3, "bytes", "v", b"abc"), NewData("inner", 1, "bytes", "v", b"i")])
     store.put("alice", 2, [NewData("outer", 1, "bytes", "v", b"o", ["inner"])])
     store.put("alice", 3, [NewData("large", 9, "bytes", "b", "token")], before=[blob(data)])
+    store.put("alice", 3, [NewData("copied", 9, "bytes", "n", "version", place=NODE)])
+    store.want_copies(["copied"], 2)
     tasks = [
         NewTask("input", "f", b"call", deps=["gone"], order=1, hold=False),
         NewTask("made", "f", b"call", deps=["input"], order=2),
@@ -37,21 +45,24 @@ def graph(make_store: Callable[..., Store]) -> Store:
         NewTask("waits", "f", b"call", deps=["running"], order=6),
     ]
     store.submit("alice", 4, tasks, [("f", b"code")])
-    taken = store.step("slot", "node", ticket="1", want=3).taken
+    taken = store.step("slot", NODE, ticket="1", want=3).taken
     assert [t.key for t in taken] == ["input", "bad", "running"]
     store.step(
         "slot",
-        "node",
+        NODE,
         want=0,
         done=[Done("input", taken[0].attempt, 1, "bytes", "v", b"1")],
         failed=[Failed("bad", taken[1].attempt, b"error", may_retry=False)],
     )
-    (made,) = store.step("slot", "node").taken
-    store.step("slot", "node", want=0, done=[Done("made", made.attempt, 1, "bytes", "v", b"2")])
+    (made,) = store.step("slot", NODE).taken
+    store.step("slot", NODE, want=0, done=[Done("made", made.attempt, 1, "bytes", "v", b"2")])
     store.release("alice", ["gone", "inner"])
-    store.submit(
-        "alice", 5, [NewTask("ready", "g", b"", "call", priority=1)], [("g", b"code")], before=[blob(call)]
-    )
+    tasks = [
+        NewTask("ready", "g", b"", "call", priority=1),
+        NewTask("near", "g", b"call", deps=["copied"], priority=1),
+        NewTask("picky", "g", b"call", priority=1, constraint=ON_NODE),
+    ]
+    store.submit("alice", 5, tasks, [("g", b"code")], before=[blob(call)])
     assert audit(store) == []
     return store
 
@@ -72,8 +83,6 @@ def spoil(store: Store, *commands: Command) -> set[tuple[str, str]]:
     return {(v.rule, v.key) for v in audit(store)}
 
 
-RANK = "0" * 16
-
 BREAKS: list[tuple[str, str, list[Command]]] = [
     ("unwanted data", "made", [field("made", "holders", "")]),
     ("unwanted work", "ready", [field("ready", "holders", "")]),
@@ -82,16 +91,36 @@ BREAKS: list[tuple[str, str, list[Command]]] = [
     ("not raised", "input", [field("input", "holders", "alice 1")]),
     ("left over", "made", [("DEL", "c:alice")]),
     ("left over", "f", [("DEL", "c:alice")]),
+    ("left over", "copied", [("DEL", "c:alice")]),
+    ("left over", ON_NODE, [("DEL", "c:alice")]),
     ("state", "made", [field("made", "state", "finished")]),
     ("state", "made", [("HSET", "t:made", "zz", 1)]),
     ("state", "input", [field("input", "state", "lost")]),
     ("data", "made", [field("made", "value")]),
     ("data", "made", [field("made", "nbytes")]),
-    ("data", "made", [field("made", "blob", "token")]),
+    ("data", "made", [field("made", "replicas", f"token\nslot\n1\n{NODE}")]),
     ("data", "bad", [field("bad", "value", b"1")]),
-    ("data", "large", [field("large", "attached")]),
+    ("data", "large", [field("large", "replicas")]),
+    ("data", "input", [field("input", "replicas", f"token\nslot\n1\n{NODE}")]),
     ("payload", "made", [field("made", "payload")]),
     ("payload", "made", [field("made", "payload_blob", "call")]),
+    ("flags", "copied", [field("copied", "flags", FLAGS["replicas"])]),
+    ("flags", "large", [field("large", "flags")]),
+    ("flags", "made", [field("made", "flags", FLAGS["prefer"])]),
+    ("flags", "outer", [field("outer", "flags")]),
+    ("flags", "picky", [field("picky", "flags")]),
+    ("flags", "ready", [field("ready", "flags")]),
+    ("flags", "near", [field("near", "flags")]),
+    ("replicas", "copied", [field("copied", "replicas", f"\n\n9\n{NODE}")]),
+    ("replicas", "copied", [field("copied", "replicas", f"version\n\n8\n{NODE}")]),
+    ("replicas", "copied", [field("copied", "replicas", "version\n\n9")]),
+    ("replicas", "copied", [field("copied", "replicas", f"version\n\n9\n{NODE}\n{NODE}")]),
+    ("replicas", "copied", [field("copied", "replicas", f"version\n\n9\n{NODE}\nghost")]),
+    ("replicas", "copied", [("ZREM", "nodes", NODE)]),
+    ("copies index", "copied", [("SREM", "copies", "copied")]),
+    ("copies index", "copied", [field("copied", "copies")]),
+    ("copies index", "large", [field("large", "copies_on", NODE)]),
+    ("copies index", "ghost", [("SADD", "copies", "ghost")]),
     ("blame", "bad", [field("bad", "blame")]),
     ("blame", "bad", [field("bad", "error")]),
     ("blame", "victim", [field("victim", "error", b"x")]),
@@ -104,14 +133,37 @@ BREAKS: list[tuple[str, str, list[Command]]] = [
     ("needed count", "running", [field("running", "needed", 2)]),
     ("needed count", "input", [field("input", "needed", 1)]),
     ("inputs missing", "waits", [field("waits", "state", "ready")]),
-    ("inputs missing", "waits", [field("waits", "state", "processing")]),
     ("function count", "f", [("HSET", "functions", "f", 5)]),
     ("function count", "ghost", [("HSET", "functions", "ghost", 1)]),
     ("function count", "g", [("HDEL", "functions", "g")]),
+    ("constraint count", ON_NODE, [("HSET", "constraints", ON_NODE, 2)]),
+    ("constraint count", ON_NODE, [("HDEL", "constraints", ON_NODE)]),
+    ("constraint count", "{}", [("HSET", "constraints", "{}", 1)]),
+    ("constraint count", "{}", [("HSET", "unrunnable", "{}", 1)]),
     ("ready queue", "ready", [("DEL", "ready")]),
     ("ready queue", "made", [("ZADD", "ready", 0, RANK + "made")]),
     ("ready queue", "ready", [field("ready", "priority", 2)]),
     ("ready queue", "ready", [field("ready", "rank", RANK)]),
+    ("ready queue", "near", [("DEL", f"ready:{NODE}")]),
+    ("ready queue", "near", [field("near", "home")]),
+    ("ready queue", "near", [field("near", "home", f"1{NODE}")]),
+    ("ready queue", "near", [field("near", "home", "0ghost")]),
+    ("ready queue", "near", [field("near", "priority", 2)]),
+    ("ready queue", "made", [("ZADD", f"ready:{NODE}", 0, RANK + "0made")]),
+    ("ready queue", "picky", [("DEL", f"picky:{ON_NODE}")]),
+    ("ready queue", "picky", [field("picky", "constraint")]),
+    ("ready queue", "made", [("ZADD", f"picky:{ON_NODE}", 0, RANK + "made")]),
+    ("ready queue", "made", [("ZADD", "picky:{}", 0, RANK + "made")]),
+    ("node index", "copied", [("SREM", f"nk:{NODE}", "copied")]),
+    ("node index", "copied", [field("copied", "replicas", "version\n\n9\n@redis")]),
+    ("node index", "large", [("SADD", f"nk:{NODE}", "large")]),
+    ("node index", "ghost", [("SADD", f"nk:{NODE}", "ghost")]),
+    ("node lease", NODE, [("ZREM", "nodes", NODE)]),
+    ("node lease", "ghost", [("HSET", "node:ghost", "slots", 1)]),
+    ("node lease", "ghost", [("SADD", "nk:ghost", "copied")]),
+    ("node lease", "ghost", [("ZADD", "ready:ghost", 0, RANK + "0near")]),
+    ("node lease", "ghost", [("RPUSH", "mail:ghost", "d version")]),
+    ("node lease", "ghost", [("ZADD", "tickets:ghost", 0, "1@ghost")]),
     ("slot index", "running", [("DEL", "s:slot")]),
     ("slot index", "running", [("HSET", "s:slot", "running", 99)]),
     ("slot index", "running", [("HSET", "s:other", "running", 3)]),
@@ -120,7 +172,7 @@ BREAKS: list[tuple[str, str, list[Command]]] = [
     ("slot lease", "slot", [("ZREM", "slots", "slot")]),
     ("slot lease", "ghost", [("ZADD", "idle", 0, "ghost")]),
     ("slot lease", "ghost", [("LPUSH", "w:ghost", "1")]),
-    ("slot lease", "ghost", [("SADD", "ns:node", "ghost")]),
+    ("slot lease", "ghost", [("SADD", f"ns:{NODE}", "ghost")]),
     ("attempt", "made", [field("made", "attempt", 99)]),
     ("attempt", "made", [field("made", "attempt", 1)]),
     ("attempt", "running", [("HSET", "meta", META["attempts"], 1)]),
@@ -174,8 +226,9 @@ def test_a_blob_in_flight_is_no_violation(graph):
     assert spoil(graph, ("HSET", "b:new:made", "h", "head"), ("PEXPIRE", "b:new:made", 100_000)) == set()
 
 
-def test_a_slot_whose_lease_is_over_is_no_violation_as_long_as_it_is_there_to_be_recovered(graph):
-    assert spoil(graph, ("ZADD", "slots", 0, "slot"), ("ZADD", "clients", 0, "alice")) == set()
+def test_what_a_lease_that_is_over_names_is_no_violation_as_long_as_it_is_there_to_be_recovered(graph):
+    over = [("ZADD", "slots", 0, "slot"), ("ZADD", "nodes", 0, NODE), ("ZADD", "clients", 0, "alice")]
+    assert spoil(graph, *over) == set()
 
 
 def test_audit_sees_only_its_own_namespace(graph, make_store):
@@ -187,9 +240,13 @@ def test_audit_sees_only_its_own_namespace(graph, make_store):
 
 
 def test_a_namespace_without_clients_is_empty_but_for_its_members(graph):
-    graph.step("slot", "node", want=0, mode="q", back=[("running", attempt_of(graph, "running"))])
+    graph.step("slot", NODE, want=0, mode="q", back=[("running", attempt_of(graph, "running"))])
     while graph.expire_client("alice")[0]:
         pass
+    assert graph.leave_node(NODE).is_over
+    assert graph.now_ms is not None
+    graph.now_ms += int(graph.settings.ticket_lease * 1000) + 1
+    assert graph.call_tickets() == []  # those that nobody took are given up
 
     assert audit(graph) == []
     prefix = graph.keys.prefix.encode()

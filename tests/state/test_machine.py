@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -24,20 +24,39 @@ from hypothesis.stateful import (
 )
 
 from celery_mem.config import Settings
-from celery_mem.errors import UnknownDependencyError, UnknownFunctionError
+from celery_mem.errors import UnknownDependencyError, UnknownFunctionError, UnknownNodeError
 from celery_mem.state import store as scripts
-from celery_mem.state.audit import audit, read
+from celery_mem.state.audit import Contents, audit, read, violations
 from celery_mem.state.keys import TASK
-from celery_mem.state.link import Link
-from celery_mem.state.model import ERRED, PROCESSING, READY, Back, Data, Done, Failed, Model, Task
-from celery_mem.state.store import Store
+from celery_mem.state.link import Command, Link
+from celery_mem.state.model import (
+    ERRED,
+    MEMORY,
+    PROCESSING,
+    READY,
+    Back,
+    Claim,
+    Data,
+    Done,
+    Failed,
+    Missing,
+    Model,
+    Task,
+)
+from celery_mem.state.store import REDIS, Store
 from tests.conftest import NOW_MS, delete_namespace, fake_link
 
 EFFORT = int(os.environ.get("CELERY_MEM_TEST_EFFORT", "1"))  # 1 takes half a minute; more finds more
 ENOUGH = 100_000  # a budget that no call here spends
 CLIENTS = ("alice", "bob")
-SLOTS = ("s1", "s2", "s3")
-NODE = "node"
+SLOTS = {"s1": "a@one", "s2": "b@two", "s3": "b@two"}  # slot -> its node
+NODES = {"a@one": {}, "b@two": {"GPU": 1, "TPU": 2}, "c@two": {}}  # node -> its resources
+PLACES = [REDIS, *NODES]
+CONSTRAINTS = [
+    '{"workers":["a@one"]}',
+    '{"resources":{"GPU":1}}',
+    '{"resources":{"TPU":1},"workers":["two"]}',
+]
 FUNCTIONS = {"f": b"code of f", "g": b"code of g"}
 TASKS = [f"k{i:02}" for i in range(10)]  # each may depend on those before it
 SCATTERED = ["d0", "d1"]  # comes without a function, from clients
@@ -59,7 +78,14 @@ def new_store(link: Link, budget: int) -> Store:
     store.now_ms = NOW_MS
     for client in CLIENTS:
         store.renew_client(client, join=True)
+    for node in NODES:
+        join(store, node)
     return store
+
+
+def join(store: Store, node: str) -> None:
+    news = scripts.node_news(slots="2", resources=NODES[node], status="running", pace="5")
+    store.heartbeat(node, **news)
 
 
 class Twins:
@@ -72,7 +98,10 @@ class Twins:
     def __init__(self, link: Link, budget: int = ENOUGH) -> None:
         self.store = new_store(link, budget)
         self.model = Model()
+        for node, resources in NODES.items():
+            self.model.heartbeat(node, slots=2, resources=resources, status="running", pace_ms=5)
         self.agree = True
+        self.is_lazy = budget < ENOUGH
         self.idle: set[str] = set()  # slots that got nothing when they last asked
         self.claims: list[tuple[str, str, int]] = []  # slot, key, attempt, of all times
         self.tokens = map(str, itertools.count())
@@ -100,11 +129,17 @@ class Twins:
             self.compare()
 
     def put(self, client: str, epoch: int, key: str, data: Data, times: int = 1) -> None:
-        kind, value, before = self.as_stored(key, data)
+        data, kind, value, before = self.as_stored(key, data)
         for _ in range(times):
-            self.model.put(client, epoch, key, data)
-            new = scripts.NewData(key, data.nbytes, data.type, kind, value, data.contains)
-            self.store.put(client, epoch, [new], before=before)
+            new = scripts.NewData(key, data.nbytes, data.type, kind, value, data.contains, data.place)
+            if data.value is None and data.place not in (REDIS, *self.model.nodes):
+                with pytest.raises(UnknownNodeError):
+                    self.model.put(client, epoch, key, data)
+                with pytest.raises(UnknownNodeError):
+                    self.store.put(client, epoch, [new], before=before)
+            else:
+                self.model.put(client, epoch, key, data)
+                self.store.put(client, epoch, [new], before=before)
             self.compare()
 
     def hold(self, client: str, epoch: int, keys: list[str], times: int = 1) -> None:
@@ -137,76 +172,183 @@ class Twins:
         self.compare(but_notices_of=client)
         self.store.renew_client(client, join=True)
 
-    def report(
+    def step(
         self,
         slot: str,
-        done: list[Done] | None = None,
-        failed: list[Failed] | None = None,
-        back: list[Back] | None = None,
+        done: Sequence[Done] = (),
+        failed: Sequence[Failed] = (),
+        back: Sequence[Back] = (),
+        missing: Sequence[Missing] = (),
+        want: int = 0,
+        mode: str = "",
         times: int = 1,
-    ) -> None:
-        """A step that takes nothing."""
-        done, failed, back = done or [], failed or [], back or []
-        new, before = [], []
-        for d in done:
-            kind, value, blob = self.as_stored(d.key, d.data)
-            nbytes, type_name, _, contains = d.data or Data(9)
-            new.append(scripts.Done(d.key, str(d.attempt), nbytes, type_name, kind, value, contains))
-            before += blob
-        for _ in range(times):
-            expected = self.model.step(slot, done, failed, back)
+    ) -> list[str]:
+        """A slot reports and takes; returns the keys taken, with mode r also those owned before.
+
+        A completion's place that is no node's but the slot's is the slot's.
+        """
+        if self.is_lazy and (done or failed or back or missing):
+            want = 0  # what it would take depends on what its own report left for the sweep
+        done, new, before = self.as_reported(slot, done)
+        taken: list[str] = []
+        for call in range(times):
+            if want > 0 and call > 0:
+                mode += "r"  # it did not hear what it was given
+            owned = {r.key for r in self.model.in_state(PROCESSING) if r.owner == slot}
+            idle = self.idle_slots() - {slot}
             found = self.store.step(
                 slot,
-                NODE,
-                want=0,
-                mode=self.mode(slot),
+                SLOTS[slot],
+                want=want,
+                mode=self.mode(slot) + mode,
                 done=new,
                 failed=[scripts.Failed(f.key, str(f.attempt), f.error, f.retryable) for f in failed],
                 back=[(b.key, str(b.attempt)) for b in back],
+                missing=[scripts.Missing(m.key, str(m.attempt), m.lost) for m in missing],
                 before=before,
             )
+            self.model.choices = self.homes()
+            expected = self.model.step(
+                slot, done, failed, back, missing, want, mode, node=SLOTS[slot], idle=idle
+            )
             assert found.stale == expected.stale
-            assert found.taken == []
+            taken = self.check_taken(slot, found.taken, expected.claimed, owned, mode)
+            if want > 0 and not taken and slot in self.model.slots and "p" not in mode:
+                self.idle.add(slot)
             self.compare()
+        return taken
 
     def take(self, slot: str, want: int, mode: str = "") -> list[str]:
-        """A step that reports nothing; returns the keys taken, with mode r also those owned before."""
-        owned = {r.key for r in self.model.in_state(PROCESSING) if r.owner == slot}
-        expected = self.model.step(slot, want=want, mode=mode)
-        found = self.store.step(slot, NODE, want=want, mode=self.mode(slot) + mode)
-        taken = {t.key: int(t.attempt) for t in found.taken}
-        assert len(taken) == len(found.taken)
+        """A step that reports nothing."""
+        return self.step(slot, want=want, mode=mode)
+
+    def as_reported(
+        self, slot: str, done: Sequence[Done]
+    ) -> tuple[list[Done], list[scripts.Done], list[Command]]:
+        """Completions for the model and for the store, and commands that write their blobs."""
+        told, new, before = [], [], []
+        for d in done:
+            data = d.data
+            if data is not None and data.place != REDIS:
+                data = data._replace(place=SLOTS[slot])
+            data, kind, value, blob = self.as_stored(d.key, data)
+            told.append(d._replace(data=data if d.data is not None else None))
+            new.append(
+                scripts.Done(d.key, str(d.attempt), data.nbytes, data.type, kind, value, data.contains)
+            )
+            before += blob
+        return told, new, before
+
+    def check_taken(
+        self, slot: str, found: list[scripts.Taken], expected: list[Claim], owned: set[str], mode: str
+    ) -> list[str]:
+        """Compare what a step gave; those of `owned`, and no others, may be given again."""
+        taken = {t.key: int(t.attempt) for t in found}
+        assert len(taken) == len(found)
         if "r" in mode:
-            assert taken.keys() == {c.key for c in expected.claimed}
+            assert taken.keys() == {c.key for c in expected}
         else:
-            assert list(taken) == [c.key for c in expected.claimed]
-        earlier = {attempt for _, _, attempt in self.claims}
-        for t in found.taken:
+            assert list(taken) == [c.key for c in expected]
+        last = max([0, *(attempt for _, _, attempt in self.claims)])
+        for t in found:
             record = self.model.records[t.key]
             assert (t.function, t.payload, t.payload_blob) == (record.function, record.payload, "")
             assert [i.key for i in t.inputs] == list(record.deps)
             for i in t.inputs:
-                data = self.model.records[i.key].data
-                assert data is not None
-                assert (i.kind == "b") if data.value is None else ((i.kind, i.data) == ("v", data.value))
-            if t.key in owned:
+                self.check_input(i)
+            if "r" in mode and t.key in owned and taken[t.key] <= last:
                 assert taken[t.key] == record.attempt
             else:
-                assert not earlier or taken[t.key] > max(earlier)
+                assert taken[t.key] > last
                 record.attempt = taken[t.key]  # numbers may be left out
                 self.claims.append((slot, t.key, record.attempt))
-        if want > 0 and not taken and slot in self.model.slots:
-            self.idle.add(slot)
         self.model.last_attempt = max([self.model.last_attempt, *taken.values()])
-        self.compare()
         return list(taken)
+
+    def homes(self) -> dict[str, str]:
+        """The home that each record tells, if only of the last time that its task was ready."""
+        names = list(self.model.records)
+        asked = [("HGET", self.store.keys.of("task", key), TASK["home"]) for key in names]
+        homes = self.store.link.batch(asked) if asked else []
+        return {key: home[1:].decode() for key, home in zip(names, homes, strict=True) if home}
+
+    def check_input(self, i: scripts.Input) -> None:
+        record = self.model.records[i.key]
+        if record.data is None:
+            assert i.kind == "-"  # lost since the task was given out
+        elif record.data.value is not None:
+            assert (i.kind, i.data) == ("v", record.data.value)
+        else:
+            token, maker, nbytes, *places = i.data.decode().split("\n")
+            assert i.kind == "r"
+            assert (token, maker, int(nbytes)) == (record.data.token, record.maker, record.data.nbytes)
+            assert sorted(places) == sorted(record.places)
 
     def abandon_slot(self, slot: str) -> None:
         self.idle.discard(slot)
-        keys, killed, _ = self.store.abandon_slot(slot, NODE, b"killed")
+        keys, killed, _ = self.store.abandon_slot(slot, SLOTS[slot], b"killed")
         expected = self.model.abandon_slot(slot, self.store.settings.allowed_failures, b"killed")
         assert (sorted(keys), sorted(killed)) == tuple(map(sorted, expected))
         self.compare()
+
+    # --- copies and nodes
+
+    def gain(
+        self, place: str, items: list[tuple[str, str]], *, is_there: bool = True, times: int = 1
+    ) -> None:
+        """Copies, as key and token, come to a place; to Redis without the blob if not `is_there`."""
+        is_there = is_there or place != REDIS
+        for _ in range(times):
+            if place == REDIS and is_there:
+                for key, token in items:
+                    self.store.link.batch(self.blob(token, key))
+            expected = self.model.gain(place, items, is_there=is_there)
+            assert self.store.gain(place, items) == expected
+            self.compare()
+
+    def lose(self, place: str, items: list[tuple[str, str]], times: int = 1) -> None:
+        for _ in range(times):
+            self.store.lose(place, items)
+            self.model.lose(place, items)
+            self.compare()
+
+    def shed(self, place: str, items: list[tuple[str, str]], times: int = 1) -> None:
+        for _ in range(times):
+            assert self.store.shed(place, items) == self.model.shed(place, items)
+            self.compare()
+
+    def want_copies(self, keys: list[str], n: int, nodes: tuple[str, ...], times: int = 1) -> None:
+        for _ in range(times):
+            expected = self.model.want_copies(keys, n, nodes)
+            assert self.store.want_copies(keys, n, nodes) == expected
+            self.compare()
+
+    def heartbeat(self, node: str, status: str) -> None:
+        """A node lives, perhaps again."""
+        join(self.store, node)
+        self.store.heartbeat(node, status=status)
+        self.model.heartbeat(node, slots=2, resources=NODES[node], status=status, pace_ms=5)
+        self.compare()
+
+    def leave_node(self, node: str) -> None:
+        for slot, its_node in SLOTS.items():
+            if its_node == node and slot in self.model.slots:
+                self.abandon_slot(slot)
+        while not self.store.leave_node(node, most=2).is_over:
+            self.drain()
+        self.model.leave_node(node)
+        self.compare()
+
+    def refuse(self, constraint: str) -> None:
+        while self.store.refuse(constraint, b"refused", most=2)[0]:
+            self.drain()
+        self.model.refuse(constraint, b"refused")
+        self.compare()
+
+    def idle_slots(self) -> set[str]:
+        """Slots that nobody has woken since they found nothing."""
+        slots = self.store.link.call("ZRANGE", self.store.keys.fixed("idle"), 0, -1)
+        return {slot.decode() for slot in slots}
 
     def mode(self, slot: str) -> str:
         """The letter that a slot must say if it was idle; it is so no longer."""
@@ -214,14 +356,20 @@ class Twins:
         self.idle.discard(slot)
         return "i" if was_idle else ""
 
-    def as_stored(self, key: str, data: Data | None) -> tuple[str, bytes | str, list[scripts.Command]]:
-        """Kind, value or blob token, commands that write the blob; without data the blob has vanished."""
+    def as_stored(self, key: str, data: Data | None) -> tuple[Data, str, bytes | str, list[Command]]:
+        """Data with its token, kind, value or token, commands that write the blob; None: it has vanished."""
         if data is not None and data.value is not None:
-            return "v", data.value, []
+            return data, "v", data.value, []
         token = next(self.tokens)
-        blob = self.store.keys.blob(token, key)
-        write = [("HSET", blob, "h", b"head"), ("PEXPIRE", blob, 100_000)]
-        return "b", token, write if data is not None else []
+        if data is None:
+            return Data(9, token=token), "b", token, []
+        write = self.blob(token, key) if data.place == REDIS else []
+        return data._replace(token=token), "b" if data.place == REDIS else "n", token, write
+
+    def blob(self, token: str, key: str) -> list[Command]:
+        """Commands that write a blob for a record to adopt."""
+        name = self.store.keys.blob(token, key)
+        return [("HSET", name, "h", b"head"), ("PEXPIRE", name, 100_000)]
 
     # --- comparing ------------------------------------------------------------------------------------------
 
@@ -233,14 +381,20 @@ class Twins:
     def compare(self, but_notices_of: str = "") -> None:
         """Check that both are in the same state, told the same notices, and break no rule."""
         self.agree = False
-        self.drain()
-        found = snapshot(self.store)
+        if self.is_lazy:
+            self.drain()
+        contents = read(self.store)
+        assert violations(contents) == []
+        found = snapshot(self.store, contents)
         self.adopt_blames(found["records"])
+        self.adopt_homes(found["records"])
         expected = self.model.snapshot()
         del expected["last_attempt"]
         assert found == expected
         self.compare_notices(found["records"], but_notices_of)
-        assert audit(self.store) == []
+        assert sorted(take_mail(self.store)) == sorted(self.model.take_mail())
+        unrunnable = {constraint: n for constraint, (n, _) in self.store.unrunnable().items()}
+        assert unrunnable == self.model.unrunnable()
         self.model.check()
         self.agree = True
 
@@ -250,6 +404,13 @@ class Twins:
             blame = found.get(key, {}).get("blame")
             if record.state == ERRED and record.blame != blame and blame in self.model.blames(key):
                 record.blame = blame
+
+    def adopt_homes(self, found: dict[str, dict[str, Any]]) -> None:
+        """Where several nodes have equally many bytes of the inputs, any may be the home."""
+        for key, record in self.model.records.items():
+            home = found.get(key, {}).get("home")
+            if home in record.homes:
+                record.home = home
 
     def compare_notices(self, records: dict[str, dict[str, Any]], but_of: str) -> None:
         told: dict[tuple[str, str], list[tuple[int, str]]] = defaultdict(list)
@@ -278,7 +439,18 @@ class Twins:
 def as_new(t: Task) -> scripts.NewTask:
     """The task in the form that the store takes."""
     return scripts.NewTask(
-        t.key, t.function or "", t.payload, "", t.deps, t.priority, t.order, t.retries, t.hold, t.epoch
+        t.key,
+        t.function or "",
+        t.payload,
+        "",
+        t.deps,
+        t.priority,
+        t.order,
+        t.retries,
+        t.hold,
+        t.epoch,
+        t.constraint,
+        "\n".join(t.prefer),
     )
 
 
@@ -294,9 +466,9 @@ def _distinct(items: Iterable[Any]) -> list[Any]:
     return [item for item, _ in itertools.groupby(items)]
 
 
-def snapshot(store: Store) -> dict[str, Any]:
-    """The state of a namespace in the form of `Model.snapshot`."""
-    c = read(store)
+def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
+    """The state of a namespace, read already or not, in the form of `Model.snapshot`."""
+    c = contents or read(store)
     names = [TASK[name] for name in ("payload", "value", "error", "nbytes", "type", "retries", "deaths")]
     rows = sorted(c.records.items())
     asked = [("HMGET", store.keys.of("task", key), *names) for key, _ in rows]
@@ -320,7 +492,14 @@ def snapshot(store: Store) -> dict[str, Any]:
             "nbytes": None if nbytes is None else int(nbytes),
             "type": None if type_name is None else type_name.decode(),
             "value": value,
-            "blob": bool(row.blob),
+            "token": row.token,
+            "maker": row.maker,
+            "places": sorted(row.places),
+            "copies": row.copies,
+            "copies_on": row.copies_on,
+            "constraint": row.constraint,
+            "prefer": row.prefer,
+            "home": row.home[1:],
             "contains": row.contains,
             "error": error,
             "blame": row.blame or None,
@@ -330,22 +509,34 @@ def snapshot(store: Store) -> dict[str, Any]:
         "holders": {key: {h: int(e) for h, e in row.holders.items()} for key, row in rows if row.holders},
         "dependents": {key: sorted(d) for key, d in sorted(c.dependents.items())},
         "ready": [entry[16:] for entry in c.ready],
+        "homes": {node: list(queue) for node, queue in c.home_queues.items()},
+        "picky": {name: [entry[16:] for entry in queue] for name, queue in c.picky.items()},
         "clients": {client: sorted(keys) for client, keys in c.held.items()},
         "owned": {slot: {k: int(a) for k, a in keys.items()} for slot, keys in c.owned.items()},
         "functions": c.functions,
+        "constraints": c.constraints,
+        "node_keys": {node: sorted(keys) for node, keys in c.node_keys.items()},
+        "copies": sorted(c.copies),
     }
+
+
+def take_mail(store: Store) -> list[tuple[str, str]]:
+    """Read and remove the mail of all nodes: node, message."""
+    boxes = [store.keys.of("mail", node) for node in NODES]
+    *mail, _ = store.link.batch([*(("LRANGE", box, 0, -1) for box in boxes), ("UNLINK", *boxes)])
+    return [(node, message.decode()) for node, box in zip(NODES, mail, strict=True) for message in box]
 
 
 def take_notices(store: Store) -> list[tuple[str, str, int, str, bytes]]:
     """Read and remove all notices: client, key, epoch, code, bytes."""
+    streams = [store.keys.of("notices", client) for client in CLIENTS]
+    *told, _ = store.link.batch([*(("XRANGE", name, "-", "+") for name in streams), ("UNLINK", *streams)])
     found = []
-    for client in CLIENTS:
-        stream = store.keys.of("notices", client)
-        for _, fields in store.link.call("XRANGE", stream, "-", "+"):
+    for client, entries in zip(CLIENTS, told, strict=True):
+        for _, fields in entries:
             for key, text in zip(fields[::2], fields[1::2], strict=True):
                 epoch, _, rest = text.partition(b" ")
                 found.append((client, key.decode(), int(epoch), rest[:1].decode(), rest[1:]))
-        store.link.call("UNLINK", stream)
     return found
 
 
@@ -353,9 +544,10 @@ def take_notices(store: Store) -> list[tuple[str, str, int, str, bytes]]:
 
 DATA = st.builds(
     Data,
-    nbytes=st.integers(0, 9),
+    nbytes=st.sampled_from([0, 9, 200_000, 50_000_000]),
     type=st.sampled_from(["int", "ndarray"]),
-    value=st.sampled_from([b"", b"abc", None]),
+    value=st.sampled_from([b"", b"abc", None, None]),
+    place=st.sampled_from(PLACES),
 )
 
 
@@ -380,6 +572,8 @@ def chunks(draw: st.DrawFn, records: Iterable[str]) -> list[Task]:
             draw(st.integers(0, 1)),
             draw(st.sampled_from([True, True, False])),
             draw(st.sampled_from([0, 0, 99])),
+            draw(st.sampled_from(["", "", "", "", *CONSTRAINTS])),
+            tuple(draw(st.sampled_from([(), (), (), ("c@two",), ("a@one", "gone"), ("a@one", "b@two")]))),
         )
         known.add(key)
         tasks.append(task)
@@ -395,11 +589,14 @@ def data_of(draw: st.DrawFn, key: str) -> Data:
 
 
 A_CLIENT = st.sampled_from(CLIENTS)
-A_SLOT = st.sampled_from(SLOTS)
+A_SLOT = st.sampled_from(sorted(SLOTS))
+A_NODE = st.sampled_from(sorted(NODES))
+A_PLACE = st.sampled_from(PLACES)
 SOME_KEYS = st.lists(st.sampled_from(KEYS), min_size=1, max_size=4)
 TIMES = st.sampled_from([1, 1, 1, 2])
+WANT_NEXT = st.sampled_from([0, 1, 50])
 OUTCOMES = st.lists(
-    st.sampled_from(["done", "done", "done", "failed", "back", "later"]),
+    st.sampled_from(["done", "done", "large", "large", "missing", "failed", "back", "later"]),
     min_size=len(KEYS),
     max_size=len(KEYS),
 )
@@ -456,15 +653,15 @@ class Machine(RuleBasedStateMachine):
         """Keys with records twice, all others once."""
         return [*self.twins.model.records, *KEYS]
 
-    @rule(slot=A_SLOT, want=st.sampled_from([1, 2, 50]), mode=st.sampled_from(["", "", "r", "l", "q"]))
+    @rule(slot=A_SLOT, want=st.sampled_from([1, 2, 50]), mode=st.sampled_from(["", "", "r", "l", "q", "p"]))
     def take(self, slot: str, want: int, mode: str) -> None:
         if mode in {"l", "q"} and any(r.owner == slot for r in self.twins.model.in_state(PROCESSING)):
             mode = ""  # a slot leaves empty-handed
         self.twins.take(slot, want, mode)
 
     @precondition(lambda self: self.twins.model.in_state(READY, PROCESSING))
-    @rule(data=st.data(), slot=A_SLOT)
-    def work(self, data: st.DataObject, slot: str) -> None:
+    @rule(data=st.data(), slot=A_SLOT, want=WANT_NEXT)
+    def work(self, data: st.DataObject, slot: str, want: int) -> None:
         """A slot takes what it can and does most of it."""
         self.twins.take(slot, 50)
         done, failed = [], []
@@ -473,26 +670,28 @@ class Machine(RuleBasedStateMachine):
                 data.draw(st.sampled_from(["done", "done", "failed", "later"])) if r.owner == slot else ""
             )
             if outcome == "done":
-                done.append(Done(r.key, r.attempt, Data(1, "int", b"1")))
+                large = data.draw(st.booleans())
+                result = Data(900_000, "ndarray", place=SLOTS[slot]) if large else Data(1, "int", b"1")
+                done.append(Done(r.key, r.attempt, result))
             elif outcome == "failed":
                 failed.append(Failed(r.key, r.attempt, f"error {r.attempt}".encode(), retryable=False))
-        self.twins.report(slot, done, failed)
+        self.twins.step(slot, done, failed, want=want)
 
     @precondition(lambda self: self.twins.model.in_state(READY, PROCESSING))
-    @rule(data=st.data(), slot=A_SLOT)
-    def work_more(self, data: st.DataObject, slot: str) -> None:
-        self.work(data, slot)  # twice as often as other events
+    @rule(data=st.data(), slot=A_SLOT, want=WANT_NEXT)
+    def work_more(self, data: st.DataObject, slot: str, want: int) -> None:
+        self.work(data, slot, want)  # twice as often as other events
 
     @precondition(lambda self: self.twins.claims)
-    @rule(data=st.data(), times=TIMES)
-    def report(self, data: st.DataObject, times: int) -> None:
+    @rule(data=st.data(), want=WANT_NEXT, times=TIMES)
+    def report(self, data: st.DataObject, want: int, times: int) -> None:
         """One slot reports attempts that are current, over, or reported before."""
         slot = data.draw(st.sampled_from(sorted({slot for slot, _, _ in self.twins.claims})), "slot")
         own = [(key, attempt) for s, key, attempt in self.twins.claims if s == slot]
-        done, failed, back = [], [], []
+        done, failed, back, missing = [], [], [], []
         some = st.lists(st.sampled_from(own[-8:]), min_size=1, max_size=4)
         for key, attempt in data.draw(some, "attempts"):
-            match data.draw(st.sampled_from(["done", "done", "vanished", "failed", "back"])):
+            match data.draw(st.sampled_from(["done", "done", "vanished", "failed", "back", "missing"])):
                 case "done":
                     done.append(Done(key, attempt, data.draw(data_of(key))))
                 case "vanished":
@@ -501,7 +700,78 @@ class Machine(RuleBasedStateMachine):
                     failed.append(Failed(key, attempt, f"error {attempt}".encode(), data.draw(st.booleans())))
                 case "back":
                     back.append(Back(key, attempt))
-        self.twins.report(slot, done, failed, back, times)
+                case "missing":
+                    record = self.twins.model.records.get(key)
+                    lost = [
+                        (dep, token, place)
+                        for dep in (record.deps if record else ())
+                        for token, place in self.copies_of(dep)
+                        if data.draw(st.booleans())
+                    ]
+                    missing.append(Missing(key, attempt, tuple(lost)))
+        self.twins.step(slot, done, failed, back, missing, want, times=times)
+
+    def copies_of(self, key: str) -> list[tuple[str, str]]:
+        """Token and place of the copies of a key."""
+        record = self.twins.model.records.get(key)
+        if record is None or record.data is None:
+            return []
+        return [(record.data.token, place) for place in sorted(record.places)]
+
+    def known_copies(self) -> list[tuple[str, str]]:
+        """Key and token of what there are copies of."""
+        found = [(r.key, r.data.token) for r in self.twins.model.in_state(MEMORY) if r.data and r.places]
+        return found or [("k00", "0")]
+
+    @rule(data=st.data(), place=A_PLACE, times=TIMES)
+    def change_copies(self, data: st.DataObject, place: str, times: int) -> None:
+        """Copies come and go; now and then of a version that is none any more."""
+        items = st.sampled_from([*self.known_copies() * 3, ("k03", "0"), ("d0", "0")])
+        some = data.draw(st.lists(items, min_size=1, max_size=3, unique=True), "copies")
+        match data.draw(st.sampled_from(["gain", "gain", "vanished", "lose", "lose", "shed"])):
+            case "gain":
+                self.twins.gain(place, some, times=times)
+            case "vanished":
+                self.twins.gain(place, [(key, f"{token}x") for key, token in some], is_there=False)
+            case "lose":
+                self.twins.lose(place, some, times)
+            case "shed":
+                self.twins.shed(place, some, times)
+
+    @precondition(lambda self: self.twins.model.in_state(MEMORY))
+    @rule(data=st.data())
+    def lose_last(self, data: st.DataObject) -> None:
+        """All copies of one key are gone."""
+        key = data.draw(st.sampled_from([r.key for r in self.twins.model.in_state(MEMORY)]), "key")
+        for token, place in self.copies_of(key):
+            self.twins.lose(place, [(key, token)])
+
+    @rule(
+        keys=SOME_KEYS,
+        n=st.integers(1, 2),
+        nodes=st.sampled_from([(), (), ("a@one",), ("b@two", "gone")]),
+        times=TIMES,
+    )
+    def want_copies(self, keys: list[str], n: int, nodes: tuple[str, ...], times: int) -> None:
+        self.twins.want_copies(keys, n, nodes, times)
+
+    @rule(node=A_NODE, event=st.sampled_from(["leave", "pause", "join", "join", "retire"]))
+    def change_node(self, node: str, event: str) -> None:
+        match event:
+            case "leave" if node in self.twins.model.nodes or self.epoch % 4 == 0:  # one that is gone: seldom
+                self.twins.leave_node(node)
+            case "pause":
+                self.twins.heartbeat(node, "paused")
+            case "retire":
+                self.twins.heartbeat(node, "retiring")
+            case _:
+                self.twins.heartbeat(node, "running")
+
+    @precondition(lambda self: self.twins.model.in_state(READY))
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        constraints = sorted({r.constraint for r in self.twins.model.in_state(READY)})
+        self.twins.refuse(data.draw(st.sampled_from(constraints), "constraint"))
 
     @precondition(lambda self: len(self.twins.model.in_state(PROCESSING)) > 1)
     @rule(slot=A_SLOT)
@@ -516,6 +786,67 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "twins") and self.twins.agree:
             self.twins.close()
+
+
+class CopiesMachine(Machine):
+    """The same, but it begins with results on nodes, and more events are about these and what reads them."""
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        super().begin(data)
+        for key, place in zip(SCATTERED, NODES, strict=False):
+            self.twins.put("alice", self.next_epoch(), key, Data(9, "bytes", place=place))
+        self.twins.submit("alice", self.next_epoch(), 1, [Task(key, "f") for key in TASKS[:3]])
+        for slot, node in SLOTS.items():
+            self.twins.take(slot, 1)
+            _, key, attempt = self.twins.claims[-1]
+            self.twins.step(slot, [Done(key, attempt, Data(200_000, "ndarray", place=node))])
+
+    @precondition(lambda self: any(r.places for r in self.twins.model.records.values()))
+    @rule(data=st.data(), client=A_CLIENT)
+    def read(self, data: st.DataObject, client: str) -> None:
+        """A few new tasks read what has copies, and others what these will make."""
+        copied = [r.key for r in self.twins.model.in_state(MEMORY) if r.places]
+        some = st.lists(st.sampled_from(copied), min_size=1, max_size=2, unique=True)
+        epoch = self.next_epoch()
+        tasks = [
+            Task(f"n{epoch}.{i}", "f", b"", tuple(deps), data.draw(st.sampled_from([0, 0, 1])), i)
+            for i, deps in enumerate(data.draw(st.lists(some, min_size=1, max_size=4), "inputs"))
+        ]
+        if data.draw(st.booleans(), "more"):
+            tasks += [Task(f"{t.key}+", "f", b"", (t.key,), order=9) for t in tasks]
+        self.twins.submit(client, epoch, epoch // 2, tasks)
+
+    @precondition(lambda self: any(r.places for r in self.twins.model.records.values()))
+    @rule(data=st.data(), client=A_CLIENT)
+    def read_more(self, data: st.DataObject, client: str) -> None:
+        self.read(data, client)  # twice as often as other events
+
+    @precondition(lambda self: self.twins.model.in_state(MEMORY))
+    @rule(client=A_CLIENT)
+    def let_go(self, client: str) -> None:
+        """A client needs what was read no more."""
+        self.twins.release(client, [r.key for r in self.twins.model.in_state(MEMORY) if r.key[0] == "n"])
+
+    @rule(data=st.data(), node=A_NODE, n=st.integers(1, 2))
+    def spread(self, data: st.DataObject, node: str, n: int) -> None:
+        """All that has copies has one on a node, too; that many are wanted, and there is one too many."""
+        copies = self.known_copies()
+        self.twins.gain(node, copies)
+        self.twins.want_copies([key for key, _ in copies], n, ())
+        self.twins.shed(data.draw(A_PLACE, "place"), copies)
+
+    @rule(node=st.sampled_from(sorted(set(SLOTS.values()))))
+    def look(self, node: str) -> None:
+        """Each slot of a node takes a task, or idles."""
+        for slot, its_node in SLOTS.items():
+            if its_node == node:
+                self.twins.take(slot, 1)
+
+    @precondition(lambda self: self.twins.claims)
+    @rule(data=st.data(), want=WANT_NEXT, times=TIMES)
+    def report_more(self, data: st.DataObject, want: int, times: int) -> None:
+        self.report(data, want, times)  # twice as often as other events
 
 
 class LazyMachine(RuleBasedStateMachine):
@@ -557,7 +888,12 @@ class LazyMachine(RuleBasedStateMachine):
 
     @rule(client=A_CLIENT, key=st.sampled_from(KEYS))
     def put(self, client: str, key: str) -> None:
-        self.store.put(client, self.next_number(), [scripts.NewData(key, 1, "int", "v", b"1")])
+        number = self.next_number()
+        if number % 2 and "a@one" in read(self.store).nodes:
+            new = scripts.NewData(key, 1, "ndarray", "n", f"put{number}", place="a@one")
+        else:
+            new = scripts.NewData(key, 1, "int", "v", b"1")
+        self.store.put(client, number, [new])
 
     @rule(client=A_CLIENT, keys=SOME_KEYS)
     def hold(self, client: str, keys: list[str]) -> None:
@@ -577,17 +913,55 @@ class LazyMachine(RuleBasedStateMachine):
 
     @rule(slot=A_SLOT, want=st.sampled_from([0, 1, 50]), outcomes=OUTCOMES)
     def work(self, slot: str, want: int, outcomes: list[str]) -> None:
-        done, failed, back = [], [], []
-        owned = sorted(read(self.store).owned.get(slot, {}).items())
+        done, failed, back, missing = [], [], [], []
+        contents = read(self.store)
+        owned = sorted(contents.owned.get(slot, {}).items())
         for (key, attempt), outcome in zip(owned, outcomes, strict=False):
             match outcome:
                 case "done":
                     done.append(scripts.Done(key, attempt, 1, "int", "v", b"1"))
+                case "large":
+                    done.append(scripts.Done(key, attempt, 9, "ndarray", "n", attempt))
+                case "missing":
+                    lost = self.copies(contents.records[key].deps, contents)
+                    missing.append(scripts.Missing(key, attempt, lost))
                 case "failed":
                     failed.append(scripts.Failed(key, attempt, b"error"))
                 case "back":
                     back.append((key, attempt))
-        self.store.step(slot, NODE, mode="i", want=want, done=done, failed=failed, back=back)
+        self.store.step(
+            slot, SLOTS[slot], mode="i", want=want, done=done, failed=failed, back=back, missing=missing
+        )
+
+    def copies(self, keys: Iterable[str], contents: Contents | None = None) -> list[tuple[str, str, str]]:
+        """Key, token and place of all copies of keys."""
+        records = (contents or read(self.store)).records
+        rows = [records[key] for key in sorted(set(keys) & records.keys())]
+        return [(row.key, row.token, place) for row in rows for place in row.places]
+
+    @rule(keys=SOME_KEYS, place=A_PLACE, event=st.sampled_from(["gain", "lose", "shed"]))
+    def change_copies(self, keys: list[str], place: str, event: str) -> None:
+        items = [(key, token) for key, token, _ in self.copies(keys)]
+        getattr(self.store, event)(place, items)
+
+    @rule(keys=SOME_KEYS)
+    def lose_all(self, keys: list[str]) -> None:
+        for key, token, place in self.copies(keys):
+            self.store.lose(place, [(key, token)])
+
+    @rule(keys=SOME_KEYS, n=st.integers(1, 2))
+    def want_copies(self, keys: list[str], n: int) -> None:
+        self.store.want_copies(keys, n)
+
+    @rule(node=A_NODE)
+    def leave_node(self, node: str) -> None:
+        for slot in self.store.leave_node(node, most=2).slots:
+            self.store.abandon_slot(slot, node, b"killed")
+        self.store.leave_node(node, most=2)
+
+    @rule(node=A_NODE)
+    def join(self, node: str) -> None:
+        join(self.store, node)
 
     @rule(slot=A_SLOT, outcomes=OUTCOMES)
     def work_more(self, slot: str, outcomes: list[str]) -> None:
@@ -595,7 +969,7 @@ class LazyMachine(RuleBasedStateMachine):
 
     @rule(slot=A_SLOT)
     def abandon_slot(self, slot: str) -> None:
-        self.store.abandon_slot(slot, NODE, b"killed")
+        self.store.abandon_slot(slot, SLOTS[slot], b"killed")
 
     @rule(most=st.sampled_from([1, 3, 50]))
     def sweep(self, most: int) -> None:
@@ -648,13 +1022,18 @@ def test_scripts_whose_budget_is_spent_agree_with_the_model_after_the_sweep(link
 
 
 @LONG
+def test_scripts_on_redis_agree_with_the_model_about_copies(link):
+    run_machine(CopiesMachine, link, [ENOUGH, ENOUGH, 2], examples=32)
+
+
+@LONG
 def test_scripts_on_a_simulated_redis_agree_with_the_model():
-    run_machine(Machine, fake_link(), [ENOUGH, 2], examples=12)
+    run_machine(Machine, fake_link(), [ENOUGH, 2], examples=8)
 
 
 @LONG
 def test_every_rule_holds_while_work_is_left_for_the_sweep(link):
-    run_machine(LazyMachine, link, [1, 2, 4], examples=60, steps=40)
+    run_machine(LazyMachine, link, [1, 2, 4], examples=45, steps=40)
 
 
 # --- seeds that failed ------------------------------------------------------------------------------------
@@ -675,13 +1054,13 @@ def a_task(key: str, *deps: str, **fields: Any) -> Task:
 def fail(twins: Twins, key: str) -> None:
     """Let the next ready task, which must be `key`, fail."""
     assert twins.take("s1", 1) == [key]
-    twins.report("s1", failed=[Failed(key, twins.claims[-1][2], b"error", retryable=False)])
+    twins.step("s1", failed=[Failed(key, twins.claims[-1][2], b"error", retryable=False)])
 
 
 def run(twins: Twins, key: str) -> None:
     """Let the next ready task, which must be `key`, succeed."""
     assert twins.take("s1", 1) == [key]
-    twins.report("s1", done=[Done(key, twins.claims[-1][2], Data(1, "int", b"1"))])
+    twins.step("s1", done=[Done(key, twins.claims[-1][2], Data(1, "int", b"1"))])
 
 
 def test_put_tells_who_waited_for_the_key(twins):
@@ -701,7 +1080,7 @@ def test_a_second_put_keeps_the_blob_of_the_first(twins):
 def test_a_repeated_completion_keeps_the_blob_that_it_brought(twins):
     twins.submit("alice", 1, 1, [a_task("k00")])
     twins.take("s1", 1)
-    twins.report("s1", done=[Done("k00", 1, Data(9))], times=2)
+    twins.step("s1", done=[Done("k00", 1, Data(9))], times=2)
 
 
 def test_a_repeated_submission_keeps_the_payload_blob_that_it_brought(link):
@@ -750,14 +1129,14 @@ def test_the_blob_of_a_completion_that_a_put_forestalled_vanishes(twins):
     twins.submit("alice", 1, 1, [a_task("k00")])
     twins.take("s1", 1)
     twins.put("bob", 2, "k00", Data(1, "int", b"1"))
-    twins.report("s1", done=[Done("k00", 1, Data(9))])
+    twins.step("s1", done=[Done("k00", 1, Data(9))])
 
 
 def test_a_second_result_of_one_attempt_vanishes(twins):
     twins.submit("alice", 1, 1, [a_task("k00")])
     twins.take("s1", 1)
-    twins.report("s1", done=[Done("k00", 1, Data(1, "int", b"1"))])
-    twins.report("s1", done=[Done("k00", 1, Data(9))])
+    twins.step("s1", done=[Done("k00", 1, Data(1, "int", b"1"))])
+    twins.step("s1", done=[Done("k00", 1, Data(9))])
 
 
 def test_force_goes_on_to_dependents_of_a_key_that_a_result_keeps(twins):
@@ -781,3 +1160,118 @@ def test_a_task_without_a_function_is_refused(link):
     with pytest.raises(UnknownFunctionError):
         store.submit("alice", 1, [scripts.NewTask("k00", "", b"")])
     assert read(store).records == {}
+
+
+def test_who_submits_a_key_twice_in_one_chunk_is_told_under_the_epoch_of_the_last_hold(twins):
+    twins.put("alice", 1, "d0", Data(0))
+    twins.lose(REDIS, [("d0", "0")])
+    twins.submit("alice", 2, 1, [a_task("k01", "d0"), a_task("k01"), a_task("k01", epoch=99)])
+
+
+def test_inputs_of_no_bytes_choose_no_home(twins):
+    twins.put("alice", 1, "d0", Data(0, place="a@one"))
+    twins.submit("alice", 2, 1, [a_task("k00", "d0")])
+    assert read(twins.store).home_queues == {}
+
+
+def test_without_nodes_tasks_without_a_constraint_are_unrunnable_too(twins):
+    for node in NODES:
+        twins.leave_node(node)
+    twins.submit("alice", 1, 1, [a_task("k00")])
+    assert twins.store.unrunnable().keys() == {""}
+
+
+# --- what random events seldom come to ----------------------------------------------------------------------
+
+
+def test_nobody_steals_from_a_node_with_an_idle_slot(twins):
+    twins.put("alice", 1, "d0", Data(9, place="b@two"))
+    for slot in ("s2", "s3"):
+        assert twins.take(slot, 1) == []
+    twins.submit("alice", 2, 1, [a_task("k00", "d0")])
+    assert len(twins.idle_slots()) == 1
+    assert twins.take("s1", 1) == []
+    twins.submit("alice", 3, 2, [a_task("k01", "d0")])
+    assert twins.idle_slots() == {"s1"}
+    assert twins.take("s1", 1) == ["k01"]
+
+
+def test_one_call_takes_one_task_that_uses_resources(twins):
+    tasks = [a_task("k00", constraint=CONSTRAINTS[1]), a_task("k01", constraint=CONSTRAINTS[2])]
+    twins.submit("alice", 1, 1, tasks)
+    assert twins.take("s1", 50) == []
+    assert twins.take("s2", 50) == ["k00"]
+    assert twins.take("s3", 50) == ["k01"]
+
+
+def test_a_copy_on_a_node_that_was_given_up_does_not_count(twins):
+    twins.submit("alice", 1, 1, [a_task("k00")])
+    twins.leave_node("a@one")
+    twins.take("s1", 1)
+    twins.step("s1", [Done("k00", 1, Data(9, place="a@one"))])
+    run(twins, "k00")
+
+
+def test_a_node_that_lives_again_has_none_of_its_copies(twins):
+    twins.put("alice", 1, "d0", Data(9, place="a@one"))
+    twins.leave_node("a@one")
+    twins.heartbeat("a@one", "running")
+    twins.gain("a@one", [("d0", "0")])
+    twins.put("alice", 2, "d0", Data(9, place="a@one"))
+    twins.gain("b@two", [("d0", "1")])
+
+
+def test_what_prefers_a_node_that_goes_is_sent_elsewhere(twins):
+    twins.submit("alice", 1, 1, [a_task("k00", prefer=("a@one",)), a_task("k01", prefer=("a@one", "c@two"))])
+    twins.leave_node("a@one")
+    assert twins.homes() == {"k01": "c@two"}
+
+
+def test_copies_are_shed_until_just_as_many_as_are_wanted_are_left_on_nodes(twins):
+    twins.put("alice", 1, "d0", Data(9, place="a@one"))
+    for place in ("b@two", "c@two", REDIS):
+        twins.gain(place, [("d0", "0")])
+    twins.want_copies(["d0"], 2, ())
+    for place in ("a@one", "b@two", REDIS):
+        twins.shed(place, [("d0", "0")])
+    assert twins.model.records["d0"].places == {"b@two", "c@two"}
+
+
+def test_a_task_that_waits_for_paused_nodes_is_not_unrunnable_and_one_for_retiring_ones_is(twins):
+    twins.submit("alice", 1, 1, [a_task("k00")])
+    for node in NODES:
+        twins.heartbeat(node, "paused")
+    assert twins.store.unrunnable() == {}
+    for node in NODES:
+        twins.heartbeat(node, "retiring")
+    assert twins.store.unrunnable().keys() == {""}
+
+
+def test_a_size_class_begins_at_its_first_number_of_bytes(twins):
+    for key, nbytes in (("d0", 131_071), ("d1", 131_072)):
+        twins.put("alice", 1, key, Data(nbytes, place="a@one"))
+    twins.submit("alice", 2, 1, [a_task("k00", "d0"), a_task("k01", "d1", order=1)])
+    assert [entry[16] for entry in snapshot(twins.store)["homes"]["a@one"]] == ["0", "1"]
+
+
+def test_a_blob_is_shed_however_many_nodes_are_to_have_copies(twins):
+    twins.put("alice", 1, "d0", Data(9, place="a@one"))
+    twins.gain(REDIS, [("d0", "0")])
+    twins.want_copies(["d0"], 2, ())
+    twins.shed(REDIS, [("d0", "0")])
+    assert twins.model.records["d0"].places == {"a@one"}
+
+
+def test_a_node_that_is_gone_gains_no_copies(twins):
+    twins.put("alice", 1, "d0", Data(9, place="a@one"))
+    twins.leave_node("b@two")
+    twins.gain("b@two", [("d0", "0")])
+    assert twins.model.records["d0"].places == {"a@one"}
+
+
+def test_no_copies_are_wanted_of_what_is_only_lineage(twins):
+    twins.submit("alice", 1, 1, [a_task("k00", hold=False), a_task("k01", "k00")])
+    run(twins, "k00")
+    run(twins, "k01")
+    twins.want_copies(["k00", "k01"], 2, ("a@one",))
+    assert read(twins.store).copies == {"k01"}

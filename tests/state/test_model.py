@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from celery_mem.errors import UnknownDependencyError
-from celery_mem.state.model import Back, Data, Done, Failed, Model, Notice, Task
+from celery_mem.state.model import Back, Data, Done, Failed, Missing, Model, Notice, Task
+from celery_mem.state.store import REDIS
 
 SMALL = Data(3, "bytes", b"abc")
 LARGE = Data(1 << 20, "ndarray")
@@ -35,7 +36,7 @@ def run(model: Model, *keys: str, data: Data = SMALL) -> None:
 
 
 def claim_all(model: Model, slot: str = "runner") -> dict[str, int]:
-    model.slots &= {slot}
+    model.slots = {s: node for s, node in model.slots.items() if s == slot}
     return dict(model.step(slot, want=10_000).claimed)
 
 
@@ -51,11 +52,11 @@ def fail(model: Model, key: str, error: bytes = b"boom", retryable: bool = False
 def test_a_task_without_dependencies_is_ready_at_once(model):
     model.submit("alice", 1, 7, [task("x", order=9)])
 
-    assert model.snapshot()["records"]["x"] | {"deps": (), "blob": None} == {
+    assert model.snapshot()["records"]["x"] == {
         "state": "ready",
         "function": "f",
         "payload": b"call",
-        "deps": (),
+        "deps": [],
         "priority": 0,
         "rank": "0000000007000009",
         "retries": 0,
@@ -67,7 +68,14 @@ def test_a_task_without_dependencies_is_ready_at_once(model):
         "nbytes": None,
         "type": None,
         "value": None,
-        "blob": None,
+        "token": "",
+        "maker": "",
+        "places": [],
+        "copies": 1,
+        "copies_on": [],
+        "constraint": "",
+        "prefer": [],
+        "home": "",
         "contains": [],
         "error": None,
         "blame": None,
@@ -527,3 +535,206 @@ def test_every_operation_can_be_repeated_without_harm(model, operation):
     call()
 
     assert model.snapshot() == once
+
+
+# --- copies -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def places(model):
+    """The model, with two nodes that have two slots each."""
+    for node in ("a@one", "b@two"):
+        model.heartbeat(node, slots=2)
+    return model
+
+
+def at(place: str, token: str = "7", nbytes: int = 1000) -> Data:
+    return Data(nbytes, "ndarray", token=token, place=place)
+
+
+def queues(model: Model) -> dict[str, list[str]]:
+    """Node, or "" for the shared queue -> keys that are ready there."""
+    found: dict[str, list[str]] = {}
+    for record in model.in_state("ready"):
+        found.setdefault(record.home, []).append(record.key)
+    return found
+
+
+def test_a_copy_counts_only_of_the_version_that_the_record_names_and_on_a_live_node(places):
+    places.put("alice", 1, "x", at("a@one"))
+
+    assert places.gain("b@two", [("x", "7"), ("x", "6"), ("nobody", "7")]) == ["x", "nobody"]
+    assert places.gain("gone", [("x", "7")]) == ["x"]
+    assert places.gain(REDIS, [("x", "7")], is_there=False) == ["x"]
+    assert places.records["x"].places == {"a@one", "b@two"}
+
+
+def test_with_the_last_copy_the_result_is_made_again_from_as_deep_as_inputs_are_gone_too(places):
+    places.submit("alice", 1, 1, [task("a", hold=False), task("b", "a"), task("c", "b")])
+    run(places, "a")
+    run(places, "b", data=at("a@one"))
+    places.gain("b@two", [("b", "7")])
+    places.take_notices()
+    places.lose("a@one", [("b", "7")])
+    assert states(places) == {"a": "released", "b": "memory", "c": "ready"}
+    places.lose("b@two", [("b", "7")])
+
+    assert states(places) == {"a": "ready", "b": "waiting", "c": "waiting"}
+    assert places.take_notices() == [Notice("alice", "b", 1, "p")]
+
+
+def test_a_running_task_goes_on_when_its_input_is_lost_and_says_so_if_it_had_not_read_it(places):
+    places.submit("alice", 1, 1, [task("a", hold=False), task("b", "a", retries=1)])
+    run(places, "a", data=at("a@one"))
+    attempt = claim_all(places)["b"]
+    places.lose("a@one", [("a", "7")])
+    assert states(places) == {"a": "ready", "b": "processing"}
+    places.step("runner", missing=[Missing("b", attempt, (("a", "7", "a@one"),))])
+
+    assert states(places) == {"a": "ready", "b": "waiting"}
+    assert places.records["b"].retries == 1
+
+
+def test_scattered_data_without_copies_is_lost_and_errs_what_waits_for_it(places):
+    places.put("alice", 1, "x", at("a@one"))
+    places.submit("alice", 2, 1, [task("y", "x")])
+    places.take_notices()
+    places.lose("a@one", [("x", "7")])
+
+    assert states(places) == {"x": "lost", "y": "erred"}
+    assert set(places.take_notices()) == {Notice("alice", "x", 1, "l"), Notice("alice", "y", 2, "e")}
+
+
+def test_a_copy_is_shed_only_where_as_many_as_are_wanted_are_left(places):
+    places.put("alice", 1, "x", at("a@one"))
+    assert places.shed("a@one", [("x", "7")]) == []
+    places.gain("b@two", [("x", "7")])
+    places.gain(REDIS, [("x", "7")])
+    places.want_copies(["x"], 2)
+    assert places.shed("a@one", [("x", "7")]) == []
+    assert places.shed(REDIS, [("x", "7")]) == ["x"]
+    places.want_copies(["x"], 1, ["a@one"])
+    assert places.shed("a@one", [("x", "7")]) == []
+
+    assert places.shed("b@two", [("x", "7")]) == ["x"]
+    assert places.take_mail() == [("b@two", "d 7")]
+
+
+def test_wanted_copies_are_forgotten_with_the_last_that_wants_the_key(places):
+    places.submit("alice", 1, 1, [task("a"), task("b", "a")])
+    assert places.want_copies(["a", "nobody"], 2) == ["nobody"]
+    run(places, "a", data=at("a@one"))
+    run(places, "b")
+    assert places.snapshot()["copies"] == ["a"]
+    places.release("alice", ["a"])
+
+    assert places.snapshot()["copies"] == []
+    assert places.take_mail() == [("a@one", "d 7")]
+
+
+def test_a_node_that_is_gone_takes_its_copies_along_and_leaves_its_queue_to_others(places):
+    places.put("alice", 1, "only", at("a@one"))
+    places.put("alice", 1, "both", at("a@one", "8"))
+    places.gain("b@two", [("both", "8")])
+    places.submit("alice", 2, 1, [task("x", "both", prefer=("a@one",))])
+    assert queues(places) == {"a@one": ["x"]}
+    places.leave_node("a@one")
+
+    assert states(places) == {"only": "lost", "both": "memory", "x": "ready"}
+    assert queues(places) == {"b@two": ["x"]}
+
+
+def test_a_copy_that_a_node_reports_after_it_was_given_up_is_refused_and_the_task_runs_again(places):
+    places.submit("alice", 1, 1, [task("x")])
+    ((_, attempt),) = places.step("slot", want=1, node="a@one").claimed
+    places.leave_node("a@one")
+
+    assert places.step("slot", done=[Done("x", attempt, at("a@one"))], node="a@one").stale == ["x"]
+    assert states(places) == {"x": "ready"}
+
+
+# --- which node runs it -------------------------------------------------------------------------------------
+
+
+def test_a_ready_task_goes_to_the_node_that_has_most_bytes_of_its_inputs(places):
+    places.put("alice", 1, "small", at("a@one", "1", 1000))
+    places.put("alice", 1, "large", at("b@two", "2", 1001))
+    places.put("alice", 1, "empty", at("a@one", "3", 0))
+    tasks = [task("x", "small", "large"), task("y", "small"), task("z", "empty"), task("w")]
+    places.submit("alice", 2, 1, tasks)
+
+    assert queues(places) == {"b@two": ["x"], "a@one": ["y"], "": ["z", "w"]}
+
+
+def test_a_node_that_takes_no_tasks_is_no_home(places):
+    places.put("alice", 1, "x", at("a@one"))
+    places.heartbeat("a@one", status="paused")
+    places.submit("alice", 2, 1, [task("y", "x"), task("z", prefer=("a@one",))])
+
+    assert queues(places) == {"": ["y", "z"]}
+
+
+def test_a_slot_takes_from_the_queue_of_its_node_before_the_shared_one_unless_priorities_differ(places):
+    places.put("alice", 1, "x", at("a@one"))
+    tasks = [task("early"), task("near", "x", order=1), task("urgent", order=2, priority=1)]
+    places.submit("alice", 2, 1, tasks)
+
+    claimed = places.step("slot", want=3, node="a@one").claimed
+    assert [key for key, _ in claimed] == ["urgent", "near", "early"]
+
+
+def test_what_a_report_makes_ready_at_its_node_is_taken_before_what_waited_there(places):
+    places.put("alice", 1, "x", at("a@one"))
+    places.submit("alice", 2, 1, [task("made")])
+    ((_, attempt),) = places.step("slot", want=1, node="a@one").claimed
+    places.submit("alice", 3, 2, [task("waited", "x"), task("next", "made", order=1)])
+    reply = places.step("slot", [Done("made", attempt, at("a@one", "9"))], want=1, node="a@one")
+
+    assert [key for key, _ in reply.claimed] == ["next"]
+
+
+def test_an_idle_slot_steals_where_to_wait_costs_more_than_to_move_the_inputs(places):
+    places.put("alice", 1, "x", at("a@one"))
+    places.submit("alice", 2, 1, [task("y", "x")])
+
+    assert places.step("thief", want=1, node="b@two", idle=["slot"]).claimed != []
+
+
+def test_nobody_steals_from_a_node_with_an_idle_slot(places):
+    places.put("alice", 1, "x", at("a@one"))
+    places.step("slot", want=1, node="a@one")
+    places.submit("alice", 2, 1, [task("y", "x")])
+
+    assert places.step("thief", want=1, node="b@two", idle=["slot"]).claimed == []
+
+
+def test_tasks_of_a_node_never_use_more_resources_than_it_has(places):
+    places.heartbeat("b@two", resources={"GPU": 1})
+    constraint = '{"resources":{"GPU":1}}'
+    places.submit("alice", 1, 1, [task("x", constraint=constraint), task("y", constraint=constraint)])
+    assert places.step("one", want=9, node="a@one").claimed == []
+    ((key, attempt),) = places.step("two", want=9, node="b@two").claimed
+    assert places.step("three", want=9, node="b@two").claimed == []
+    places.step("two", [Done(key, attempt, SMALL)], node="b@two")
+
+    assert [k for k, _ in places.step("three", want=9, node="b@two").claimed] == ["y"]
+
+
+def test_what_no_live_node_may_run_is_unrunnable_and_can_be_refused(places):
+    elsewhere = '{"workers":["c@three"]}'
+    places.submit("alice", 1, 1, [task("x", constraint=elsewhere), task("y", "x"), task("z")])
+    assert places.unrunnable() == {elsewhere: 1}
+    places.refuse(elsewhere, b"refused")
+
+    assert states(places) == {"x": "erred", "y": "erred", "z": "ready"}
+
+
+def test_a_paused_node_will_take_tasks_again_and_a_retiring_one_will_not(places):
+    places.submit("alice", 1, 1, [task("x")])
+    for node in ("a@one", "b@two"):
+        places.heartbeat(node, status="paused")
+    assert places.unrunnable() == {}
+    for node in ("a@one", "b@two"):
+        places.heartbeat(node, status="retiring")
+
+    assert places.unrunnable() == {"": 1}

@@ -1,5 +1,5 @@
 -- A slot is gone (its process ended, or its node's lease is over): what it was running is ready again.
--- LIB         record notices queue settle relief
+-- LIB         record notices nodes copies queue tickets settle relief
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 slot            str
 --             6 node            str
@@ -22,7 +22,7 @@ for _, key in ipairs(keys) do
       killed[#killed + 1] = key
     else
       withdraw(r)
-      enqueue(r)
+      requeue(r)
     end
   end
 end

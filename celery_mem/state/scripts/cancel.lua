@@ -1,5 +1,5 @@
 -- Drop a client's holds on keys and on everything that depends on them.
--- LIB         record notices queue settle hold relief
+-- LIB         record notices nodes copies queue tickets settle hold relief
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str
 --             6 force           0|1   drop every client's holds; the others are told

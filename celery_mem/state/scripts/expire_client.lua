@@ -1,5 +1,5 @@
 -- Release everything a client holds: it closed, or its lease is over.
--- LIB         record notices queue settle hold relief fence
+-- LIB         record notices nodes copies queue tickets settle hold relief fence
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str
 --             6 fence           int   term of the coordinator that found the lease over; empty: the client itself asks
@@ -14,7 +14,7 @@ if fenced then return fenced end
 relief()
 if ARGV[6] ~= '' then
   local deadline = tonumber(redis.call('ZSCORE', P .. K.clients, client) or 0)
-  if deadline > now then return {0, {}} end
+  if deadline > now() then return {0, {}} end
 end
 local keys = redis.call('SRANDMEMBER', P .. K.held .. client, tonumber(ARGV[7]))
 for _, key in ipairs(keys) do

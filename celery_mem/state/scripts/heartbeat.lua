@@ -8,7 +8,7 @@
 -- RETURNS     the node's slots that run a ticket
 -- INVARIANTS  meta.capacity is the sum of the slots of all live nodes; works when Redis is full
 -- COST        O(N + S): N nodes, S slots of this one
-local node, deadline = ARGV[3], now + tonumber(ARGV[4])
+local node, deadline = ARGV[3], now() + tonumber(ARGV[4])
 relief()
 redis.call('ZADD', P .. K.nodes, deadline, node)
 if #ARGV > 5 then redis.call('HSET', P .. K.node .. node, unpack(ARGV, 6)) end

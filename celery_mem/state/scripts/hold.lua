@@ -1,5 +1,5 @@
 -- Take a hold on keys that exist, as when a future arrives in another process.
--- LIB         record notices queue settle hold
+-- LIB         record notices nodes copies queue tickets settle hold
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str
 --             6 epoch           int

@@ -1,34 +1,42 @@
 -- Put data that the client brings (scatter) into the graph and hold it.
--- LIB         record notices queue settle hold reset
+-- LIB         record notices nodes copies queue tickets settle hold reset
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str
 --             6 epoch           int
 --             7 notice_limit    int   bytes
---             8 ...             per key: key, nbytes, type, kind v|b, value or blob token, contained keys joined by newlines
+--             8 ...             per key: key, nbytes, type, kind v|b|n, value or token of the blob or node's copy,
+--                               contained keys joined by newlines, node that has the copy
 -- RETURNS     tickets to send
 -- ERRORS      UNKNOWN_CLIENT    its lease ran out
+--             UNKNOWN_NODE      a node that has a copy is not alive; nothing was written
 -- INVARIANTS  data that is already there stays, and the new copy is dropped; a task that was to make it is withdrawn;
 --             what erred for want of it runs again
 -- COST        O(K + D): K keys, D dependents of them
 local client, epoch, notice_limit = ARGV[5], ARGV[6], tonumber(ARGV[7])
 if not is_known_client(client) then return redis.error_reply('UNKNOWN_CLIENT ' .. client) end
-for a = 8, #ARGV, 6 do
+for a = 8, #ARGV, 7 do
+  if ARGV[a + 3] == 'n' and not node_of(ARGV[a + 6]) then
+    return redis.error_reply('UNKNOWN_NODE ' .. ARGV[a + 6])
+  end
+end
+for a = 8, #ARGV, 7 do
   local key, kind, data = ARGV[a], ARGV[a + 3], ARGV[a + 4]
+  local place = kind == 'n' and ARGV[a + 6] or REDIS
   local r = load(key)
   if r and r.state == 'memory' then
-    if kind == 'b' and not keep_again(r, F.blob, data) then redis.call('UNLINK', P .. K.blob .. data .. ':' .. key) end
+    if kind ~= 'v' and not keep_again(r, data, place) then delete_copy(place, data, key) end
     take_hold(client, epoch, r)
     note_standing(client, r, epoch, notice_limit)
   else
     if not r then
-      r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, holders = ''}
+      r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, holders = '', flags = ''}
       records[key] = r
     end
     local was_gone = r.state == 'erred' or r.state == 'lost'
     withdraw(r)
     redis.call('HDEL', r.name, F.error, F.blame, F.attempt)      -- a run that ends later comes too late
     take_hold(client, epoch, r)
-    enter_memory(r, ARGV[a + 1], ARGV[a + 2], kind, data, ARGV[a + 5])
+    enter_memory(r, ARGV[a + 1], ARGV[a + 2], kind, data, ARGV[a + 5], '', place)
     notify_result(r, kind, data, notice_limit)
     if was_gone then
       local taken_down = {}

@@ -1,5 +1,5 @@
 -- Drop a client's holds; data and records that nobody wants any more go with them.
--- LIB         record notices queue settle hold relief
+-- LIB         record notices nodes copies queue tickets settle hold relief
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str
 --             6 ...             keys; unknown ones and ones that it does not hold are passed over

@@ -12,5 +12,5 @@ relief()
 if ARGV[5] ~= '1' and not redis.call('ZSCORE', P .. K.clients, ARGV[3]) then
   return redis.error_reply('UNKNOWN_CLIENT ' .. ARGV[3])
 end
-redis.call('ZADD', P .. K.clients, now + tonumber(ARGV[4]), ARGV[3])
+redis.call('ZADD', P .. K.clients, now() + tonumber(ARGV[4]), ARGV[3])
 return 1

@@ -1,5 +1,5 @@
 -- Run erred tasks again, with the erred inputs behind them and everything those took down.
--- LIB         record notices queue settle reset
+-- LIB         record notices nodes copies queue tickets settle reset
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 ...             keys; those that are not erred are passed over
 -- RETURNS     tickets to send

@@ -1,35 +1,41 @@
 -- The one call of the slot loop: report what was done, take what is next.
--- LIB         record notices queue settle relief
+-- LIB         record notices nodes copies queue tickets settle lose take relief
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 slot            str
 --             6 node            str
 --             7 slot_lease      int   ms
 --             8 ticket          str   ticket that this call takes up; empty later on
 --             9 mode            str   letters: i it was idle, r this call repeats one whose reply was lost,
---                                     l leave if there is nothing to take, q leave in any case and take nothing
+--                                     l leave if there is nothing to take, q leave in any case and take nothing,
+--                                     p its node is paused: take nothing new, m it keeps large results on its
+--                                     node: while that is not alive it takes nothing, as no report would count
 --            10 want            int   most tasks to take
 --            11 notice_limit    int   bytes of a value that a notice may carry
---            12 done            int   number of completions: key, attempt, nbytes, type, kind v|b, value or blob token,
---                                     contained keys joined by newlines
+--            12 done            int   number of completions: key, attempt, nbytes, type, kind v|b|n, value or token of
+--                                     the blob or of the copy on this node, contained keys joined by newlines
 --            13 failed          int   number of failures: key, attempt, pickled error, 0|1 may be retried
 --            14 back            int   number of tasks handed back: key, attempt
---            15 ...             the completions, the failures, the tasks handed back
+--            15 missing         int   number of tasks whose inputs were not there: key, attempt, number of copies
+--                                     that were looked for in vain, dependency, token and place of each
+--            16 pace            num   ms that a task takes on this node; empty where nothing is new
+--            17 ...             the completions, the failures, the tasks handed back, those without inputs
 -- RETURNS     {taken, stale keys, tickets to send}; taken is a list of {key, attempt, function hash, payload or nothing,
---             payload blob token or '', {dep, kind v|b|-, value or blob token, ...}}
+--             payload blob token or '', {dep, kind v|r|-, value or replicas, ...}}
 -- ERRORS      none of its own: a late or repeated report is named in `stale` or passed over
 -- INVARIANTS  a report counts only under the current attempt; a blob that vanished before its commit is not adopted,
---             the task is ready again; what is taken has its inputs in memory; a slot takes at most its fair share
+--             nor is a copy on a node that is not alive: the task is ready again; what is taken has its inputs in
+--             memory; a slot takes at most its fair share; tasks on one node never use more resources than it has
 -- COST        O(R log Q + E): R tasks reported or taken, Q ready ones, E edges of those
 local slot, node, lease, ticket, mode = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8], ARGV[9]
 local want, notice_limit = tonumber(ARGV[10]), tonumber(ARGV[11])
 local leaving = string.find(mode, 'q', 1, true)
 relief()
-if ticket ~= '' then redis.call('ZREM', P .. K.tickets, ticket) end
+if ticket ~= '' then take_up_ticket(ticket) end
 if string.find(mode, 'i', 1, true) then redis.call('ZREM', P .. K.idle, slot) end
 if ticket ~= '' or not redis.call('ZSCORE', P .. K.slots, slot) then
   -- It begins, or it was given up for dead and is back: from here on the node's heartbeats keep its lease.
   redis.call('SADD', P .. K.node_slots .. node, slot)
-  redis.call('ZADD', P .. K.slots, now + lease, slot)
+  redis.call('ZADD', P .. K.slots, now() + lease, slot)
 end
 
 local stale = {}
@@ -42,18 +48,33 @@ local function current(key, attempt)
   return nil
 end
 
-local a = 15
+-- A task with needs that ends makes room for others with needs.
+local has_room = false
+local function leave_slot(r)
+  disown(slot, r.key)
+  has_room = has_room or has_flag(r, L.constraint) and has_needs(signature_of(r))
+end
+
+-- Whether the copy that a completion brings is there to be recorded.
+local function is_there(kind, token, key)
+  if kind == 'b' then return has_blob(token, key) end
+  return kind == 'v' or node_of(node)
+end
+
+local a = 17
 for _ = 1, tonumber(ARGV[12]) do
   local key, kind, data = ARGV[a], ARGV[a + 4], ARGV[a + 5]
   local r = current(key, ARGV[a + 1])
   if r then
-    disown(slot, key)
-    if kind == 'b' and redis.call('EXISTS', P .. K.blob .. data .. ':' .. key) == 0 then enqueue(r)
-    else
-      enter_memory(r, ARGV[a + 2], ARGV[a + 3], kind, data, ARGV[a + 6])
+    leave_slot(r)
+    if is_there(kind, data, key) then
+      enter_memory(r, ARGV[a + 2], ARGV[a + 3], kind, data, ARGV[a + 6], slot, kind == 'n' and node or REDIS)
       notify_result(r, kind, data, notice_limit)
+    else
+      requeue(r)
+      if kind == 'n' then stale[#stale + 1] = key end
     end
-  elseif kind == 'b' then keep_again(load(key), F.blob, data) end
+  elseif kind == 'b' then keep_again(load(key), data, REDIS) end
   a = a + 7
 end
 for _ = 1, tonumber(ARGV[13]) do
@@ -62,9 +83,10 @@ for _ = 1, tonumber(ARGV[13]) do
     local retries = tonumber(extra(r, F.retries) or 0)
     if ARGV[a + 3] == '1' and retries > 0 then
       redis.call('HSET', r.name, F.retries, retries - 1)
-      disown(slot, r.key)
-      enqueue(r)
+      leave_slot(r)
+      requeue(r)
     else
+      leave_slot(r)
       redis.call('HSET', r.name, F.error, ARGV[a + 2])
       err(r, r.key)
     end
@@ -74,16 +96,28 @@ end
 for _ = 1, tonumber(ARGV[14]) do
   local r = current(ARGV[a], ARGV[a + 1])
   if r then
-    disown(slot, r.key)
-    enqueue(r)
+    leave_slot(r)
+    requeue(r)
   end
   a = a + 2
 end
+for _ = 1, tonumber(ARGV[15]) do
+  local key, attempt, n = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 2])
+  for i = a + 3, a + 3 * n, 3 do lose_copy(ARGV[i], ARGV[i + 1], ARGV[i + 2]) end
+  local r = current(key, attempt)
+  if r then
+    leave_slot(r)
+    requeue(r)
+  end
+  a = a + 3 + 3 * n
+end
+if ARGV[16] ~= '' and node_of(node) then redis.call('HSET', P .. K.node .. node, N.pace, ARGV[16]) end
 run_settle()
 flush_records()
-local added = flush_queue()
+flush_copies()
+flush_queues()
 
--- Take: first, on a repeat, what an earlier call gave; then the head of the queue.
+-- Take: first, on a repeat, what an earlier call gave; then what is next in the queues.
 local taken, keys, again = {}, {}, {}
 if string.find(mode, 'r', 1, true) and want > 0 then
   for _, key in ipairs(redis.call('HKEYS', P .. K.slot .. slot)) do
@@ -91,14 +125,13 @@ if string.find(mode, 'r', 1, true) and want > 0 then
     keys[#keys + 1] = key
   end
 end
-if want > 1 then
-  local share = math.ceil(redis.call('ZCARD', P .. K.ready) / math.max(1, active_slots()))
-  want = math.min(want, math.max(1, share))
-end
 want = want - #keys
-if want > 0 and not leaving then
-  local head_of_queue = redis.call('ZPOPMIN', P .. K.ready, want)
-  for i = 1, #head_of_queue, 2 do keys[#keys + 1] = string.sub(head_of_queue[i], 17) end
+local takes = want > 0 and not leaving and not string.find(mode, 'p', 1, true)
+  and (not string.find(mode, 'm', 1, true) or node_of(node))
+if takes then
+  local next_keys = take(node, want)
+  if #next_keys == 0 and #keys == 0 then next_keys = steal(node, ticket_lease) end
+  for _, key in ipairs(next_keys) do keys[#keys + 1] = key end
 end
 local owned = {}
 if #keys > 0 then
@@ -112,10 +145,10 @@ if #keys > 0 then
     end
     local inputs, n = {}, 0
     for _, dep in ipairs(deps_of(r)) do
-      local value = redis.call('HMGET', P .. K.task .. dep, F.value, F.blob)
+      local value = redis.call('HMGET', P .. K.task .. dep, F.value, F.replicas)
       inputs[n + 1] = dep
       if value[1] then inputs[n + 2], inputs[n + 3] = 'v', value[1]
-      elseif value[2] then inputs[n + 2], inputs[n + 3] = 'b', value[2]
+      elseif value[2] then inputs[n + 2], inputs[n + 3] = 'r', value[2]
       else inputs[n + 2], inputs[n + 3] = '-', '' end
       n = n + 3
     end
@@ -124,6 +157,7 @@ if #keys > 0 then
   for i = 1, #owned, 2000 do
     redis.call('HSET', P .. K.slot .. slot, unpack(owned, i, math.min(i + 1999, #owned)))
   end
+  if #owned > 0 and node_of(node) then redis.call('HSET', P .. K.node .. node, N.took, now()) end
 end
 flush_notices()
 
@@ -133,12 +167,14 @@ if goes then
   redis.call('ZREM', P .. K.idle, slot)
   redis.call('SREM', P .. K.node_slots .. node, slot)
   redis.call('UNLINK', P .. K.wake .. slot)
-elseif #keys == 0 and want > 0 then
-  redis.call('ZADD', P .. K.idle, now, slot)
+elseif #keys == 0 and takes then
+  redis.call('ZADD', P .. K.idle, now(), slot)
 end
 local tickets = {}
-if added > #keys or goes then
-  local left = redis.call('ZCARD', P .. K.ready)
-  if left > 0 then tickets = reserve_tickets(left - wake(math.min(left, added)), ticket_lease) end
+if added_shared > #keys or goes then
+  local left = redis.call('ZCARD', SHARED)
+  if left > 0 then reserve_tickets(left - wake(math.min(left, added_shared)), ticket_lease, tickets) end
 end
+if goes then add_waiting_here(node) elseif has_room then add_waiting_here(node, true) end
+call_for_placed(ticket_lease, tickets)
 return {taken, stale, tickets}

@@ -1,5 +1,5 @@
 -- Add a chunk of tasks to the graph and hold those that the client asks for.
--- LIB         record notices queue settle hold reset
+-- LIB         record notices nodes copies queue tickets settle hold reset
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str   who submits
 --             6 generation      int   rank of the submission; empty asks for the next one
@@ -7,7 +7,7 @@
 --             8 functions       int   number of (hash, pickled function or empty) pairs that follow
 --             9 ...             pairs, then per task: key, function hash, payload, payload blob token or
 --                               empty, priority, order, retries, epoch of the client's hold (empty: it holds it
---                               not), number of deps, deps...
+--                               not), constraint or empty, nodes that it prefers or empty, number of deps, deps...
 -- RETURNS     {generation, tickets to send}
 -- ERRORS      UNKNOWN_CLIENT    its lease ran out
 --             UNKNOWN_FUNCTION  no code given nor stored for a hash
@@ -27,13 +27,18 @@ for _ = 1, tonumber(ARGV[8]) do
   end
 end
 
+-- A call that is repeated writes its blobs again: the record may be the one that names it.
+local function keep_payload_again(r, token)
+  if has_flag(r, L.payload_blob) and extra(r, F.payload_blob) == token then keep_blob(token, r.key) end
+end
+
 local tasks, in_chunk = {}, {}
 while at <= #ARGV do
-  local key, n_deps, deps = ARGV[at], tonumber(ARGV[at + 8]), false
+  local key, n_deps, deps = ARGV[at], tonumber(ARGV[at + 10]), false
   if ARGV[at + 1] == '' then return redis.error_reply('UNKNOWN_FUNCTION of ' .. key) end
   if n_deps > 0 then
     deps = {}
-    for i = 1, n_deps do deps[i] = ARGV[at + 8 + i] end   -- not unpack: it has no room for thousands
+    for i = 1, n_deps do deps[i] = ARGV[at + 10 + i] end   -- not unpack: it has no room for thousands
     for _, dep in ipairs(deps) do
       if not in_chunk[dep] and not load(dep) then
         return redis.error_reply('UNKNOWN_DEPENDENCY ' .. dep .. ' of ' .. key)
@@ -42,7 +47,7 @@ while at <= #ARGV do
   end
   in_chunk[key] = true
   tasks[#tasks + 1] = {at = at, key = key, deps = deps, standing = false}
-  at = at + 9 + n_deps
+  at = at + 11 + n_deps
 end
 
 -- Checked; from here on only writes.
@@ -59,11 +64,11 @@ for _, task in ipairs(tasks) do
   local known = r
   if not r then
     local fn, blob = ARGV[a + 1], ARGV[a + 3]
-    local fresh = blob == '' and {F.payload, ARGV[a + 2]} or {F.payload_blob, blob, F.attached, 1}
+    local fresh = blob == '' and {F.payload, ARGV[a + 2]} or {F.payload_blob, blob}
     add_fields(fresh, F.function, fn)
     r = {key = key, name = P .. K.task .. key, state = 'released', fn = fn, deps_text = nil,
       deps = false, needed = 0, waiting = 0, holders = '', dirty = false, fresh = fresh, priority = false,
-      attached = blob ~= '', rank = string.format('%s%06x', generation, ARGV[a + 5])}
+      flags = blob ~= '' and L.payload_blob or '', rank = string.format('%s%06x', generation, ARGV[a + 5])}
     records[key] = r
     touch(r)
     count_function(fn, 1)
@@ -73,6 +78,16 @@ for _, task in ipairs(tasks) do
       add_fields(fresh, F.priority, r.priority)
     end
     if ARGV[a + 6] ~= '0' then add_fields(fresh, F.retries, ARGV[a + 6]) end
+    if ARGV[a + 8] ~= '' then
+      r.constraint = ARGV[a + 8]
+      add_fields(fresh, F.constraint, r.constraint)
+      add_flag(r, L.constraint)
+      count_constraint(r.constraint, 1)
+    end
+    if ARGV[a + 9] ~= '' then
+      add_fields(fresh, F.prefer, ARGV[a + 9])
+      add_flag(r, L.prefer)
+    end
     if task.deps then
       r.deps = task.deps
       r.deps_text = table.concat(task.deps, '\n')
@@ -81,7 +96,7 @@ for _, task in ipairs(tasks) do
     end
   end
   if known then
-    if ARGV[a + 3] ~= '' then keep_again(r, F.payload_blob, ARGV[a + 3]) end
+    if ARGV[a + 3] ~= '' then keep_payload_again(r, ARGV[a + 3]) end
     if r.state == 'erred' and r.holders == '' then rerun[#rerun + 1] = r end
   end
   if ARGV[a + 7] ~= '' then
@@ -99,8 +114,9 @@ for _, r in ipairs(rerun) do
   end
   if r.state == 'erred' and not blamed then reset_errors({r.key}) end
 end
+-- How a key stands is told before anything moves: what settles then is told to all its holders.
 for _, task in ipairs(tasks) do
   if task.standing then note_standing(client, load(task.key), ARGV[task.at + 7], notice_limit) end
-  settle(task.key)
 end
+for _, task in ipairs(tasks) do settle(task.key) end
 return {reply_generation, finish()}

@@ -1,5 +1,5 @@
 -- Go on with what scripts with a spent budget left unsettled.
--- LIB         record notices queue settle relief fence
+-- LIB         record notices nodes copies queue tickets settle relief fence
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 fence           int   term of the coordinator
 --             6 most            int   keys taken in this call

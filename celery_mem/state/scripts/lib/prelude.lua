@@ -5,8 +5,11 @@ local P = string.sub(KEYS[1], 1, -5)
 if redis.call('HGET', KEYS[1], M.generation) ~= ARGV[1] then
   return redis.error_reply('NAMESPACE_RESET the namespace is not the one joined')
 end
-local now = tonumber(ARGV[2])
-if not now then
-  local t = redis.call('TIME')
-  now = t[1] * 1000 + math.floor(t[2] / 1000)
+local clock = tonumber(ARGV[2])
+local function now()
+  if not clock then
+    local t = redis.call('TIME')
+    clock = t[1] * 1000 + math.floor(t[2] / 1000)
+  end
+  return clock
 end

@@ -19,15 +19,15 @@ local function load(key, with_payload)
     local v
     if with_payload then
       v = redis.call('HMGET', name, F.state, F.holders, F.function, F.deps, F.rank, F.needed, F.waiting,
-        F.attempt, F.priority, F.attached, F.payload, F.payload_blob)
+        F.attempt, F.priority, F.flags, F.payload, F.payload_blob)
     else
       v = redis.call('HMGET', name, F.state, F.holders, F.function, F.deps, F.rank, F.needed, F.waiting,
-        F.attempt, F.priority, F.attached)
+        F.attempt, F.priority, F.flags)
     end
     if not v[1] then records[key] = false return false end
     r = {key = key, name = name, state = v[1], holders = v[2] or '', fn = v[3], deps_text = v[4], deps = false,
       rank = v[5], needed = tonumber(v[6] or 0), waiting = tonumber(v[7] or 0), attempt = v[8], priority = v[9],
-      attached = v[10], dirty = false, fresh = false}
+      flags = v[10] or '', dirty = false, fresh = false}
     records[key] = r
     return r, v[11], v[12]
   end
@@ -40,14 +40,32 @@ end
 
 local function extra(r, field) return redis.call('HGET', r.name, field) end
 
--- A blob is written with a time to live; the record that names it takes that away.
-local function keep_blob(token, key) redis.call('PERSIST', P .. K.blob .. token .. ':' .. key) end
+local function has_flag(r, flag) return r.flags ~= '' and string.find(r.flags, flag, 1, true) end
 
--- A call that is repeated writes its blob again: the record may be the one that names it. Returns whether it is.
-local function keep_again(r, field, token)
-  local is_named = r and extra(r, field) == token
-  if is_named then keep_blob(token, r.key) end
-  return is_named
+local function write_flags(r)
+  if not r.fresh then redis.call('HSET', r.name, F.flags, r.flags) end      -- else with the rest
+end
+
+local function add_flag(r, flag)
+  if has_flag(r, flag) then return end
+  r.flags = r.flags .. flag
+  write_flags(r)
+end
+
+local function remove_flag(r, flag)
+  r.flags = string.gsub(r.flags, flag, '')
+  write_flags(r)
+end
+
+-- A blob is written with a time to live; the record that names it takes that away.
+local function blob_name(token, key) return P .. K.blob .. token .. ':' .. key end
+local function keep_blob(token, key) redis.call('PERSIST', blob_name(token, key)) end
+local function has_blob(token, key) return redis.call('EXISTS', blob_name(token, key)) == 1 end
+local function drop_blob(token, key) redis.call('UNLINK', blob_name(token, key)) end
+
+-- Call a command with a name and the rest of its arguments, a part at a time where unpack has no room for all.
+local function call_in_parts(command, args, name)
+  for i = 1, #args, 2000 do redis.call(command, name, unpack(args, i, math.min(i + 1999, #args))) end
 end
 
 local function deps_of(r)
@@ -109,6 +127,15 @@ local function dependents_of(r) return redis.call('HKEYS', P .. K.dependents .. 
 local function_delta, new_functions = {}, {}
 local function count_function(hash, n) function_delta[hash] = (function_delta[hash] or 0) + n end
 
+-- The constraint of a task, '' if it has none. Constraints whose number of records changes in this call.
+local constraint_delta = {}
+local function signature_of(r)
+  if not has_flag(r, L.constraint) then return '' end
+  r.constraint = r.constraint or extra(r, F.constraint)
+  return r.constraint
+end
+local function count_constraint(signature, n) constraint_delta[signature] = (constraint_delta[signature] or 0) + n end
+
 -- Slot -> keys that it owns no longer.
 local disowned = {}
 local function disown(slot, key)
@@ -123,6 +150,7 @@ end
 -- A record made by this call: `fresh` holds its remaining fields and values.
 local function write_fresh(r)
   local fresh = r.fresh
+  if r.flags ~= '' then fresh[#fresh + 1], fresh[#fresh + 2] = F.flags, r.flags end
   if #fresh == 4 and r.needed == 0 then
     redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, fresh[1], fresh[2], fresh[3], fresh[4])
   else
@@ -158,5 +186,11 @@ local function flush_records()
       redis.call('SET', P .. K.function .. hash, new_functions[hash])
     end
   end
-  touched, disowned, function_delta = {}, {}, {}
+  for signature, n in pairs(constraint_delta) do
+    if n ~= 0 and redis.call('HINCRBY', P .. K.constraints, signature, n) <= 0 then
+      redis.call('HDEL', P .. K.constraints, signature)
+      redis.call('HDEL', P .. K.unrunnable, signature)
+    end
+  end
+  touched, disowned, function_delta, constraint_delta = {}, {}, {}, {}
 end

@@ -31,26 +31,32 @@ local function withdraw(r)
   else r.waiting = 0 end
 end
 
-local function drop_blob(r, token_field)
-  local token = extra(r, token_field)
-  if token then redis.call('UNLINK', P .. K.blob .. token .. ':' .. r.key) end
+local function let_go_of_contained(r)
+  if not has_flag(r, L.contains) then return end
+  for _, inner in ipairs(split(extra(r, F.contains))) do
+    local c = load(inner)
+    if c and remove_holder(c, '@' .. r.key) then settle_later(inner) end
+  end
+  redis.call('HDEL', r.name, F.contains)
+  remove_flag(r, L.contains)
 end
 
+-- The result goes, with all copies. What the record says of it stays until clear_data; mostly the record goes too.
 local function drop_data(r)
-  if r.attached then
-    drop_blob(r, F.blob)
-    for _, inner in ipairs(split(extra(r, F.contains))) do
-      local c = load(inner)
-      if c and remove_holder(c, '@' .. r.key) then settle_later(inner) end
-    end
-    redis.call('HDEL', r.name, F.blob, F.contains)
-  end
+  remove_copies(r)
+  let_go_of_contained(r)
   r.data_dropped = true
   set_state(r, r.fn and 'released' or 'lost')
 end
 
+local function clear_data(r)
+  r.data_dropped = nil
+  redis.call('HDEL', r.name, F.value, F.nbytes, F.type)
+end
+
 local function forget(r)
-  if r.attached then drop_blob(r, F.payload_blob) end
+  if has_flag(r, L.payload_blob) then drop_blob(extra(r, F.payload_blob), r.key) end
+  if has_flag(r, L.constraint) then count_constraint(signature_of(r), -1) end
   redis.call('UNLINK', r.name)
   if r.fn then count_function(r.fn, -1) end
   records[r.key] = false
@@ -97,9 +103,24 @@ local function missing_deps(r)
       missing = missing + 1
       if d.state == 'erred' then blame = d.blame or extra(d, F.blame)
       elseif d.state == 'lost' then blame = dep end
-    end
+    elseif has_flag(d, L.replicas) then add_flag(r, L.near) end
   end
   return blame, missing
+end
+
+-- A task that was to run does not run now. It is ready again, or waits, as inputs may have been lost meanwhile.
+local function requeue(r)
+  if not r.deps_text then
+    enqueue(r)
+    return
+  end
+  local blame, missing = missing_deps(r)
+  if missing == 0 then enqueue(r)
+  else
+    set_state(r, 'waiting')
+    r.waiting = missing
+    if blame then err(r, blame) end
+  end
 end
 
 -- A released task is wanted: it will be made again, after those of its inputs that are not in memory.
@@ -131,33 +152,31 @@ local function settle(key)
     end
     return
   end
+  want_no_copies(r)
   if ACTIVE[r.state] then
     withdraw(r)
     set_state(r, 'released')
     let_go_of_deps(r)
   elseif r.state == 'memory' then drop_data(r) end
   if redis.call('EXISTS', P .. K.dependents .. key) == 0 then forget(r)
-  elseif r.data_dropped then
-    r.data_dropped = nil
-    redis.call('HDEL', r.name, F.value, F.nbytes, F.type)
-  end
+  elseif r.data_dropped then clear_data(r) end
 end
 
 -- The result of r is there: wake what waits for it, let go of what it was made from. The caller withdrew r
--- from its queue or slot.
-local function enter_memory(r, nbytes, type_name, kind, data, contains)
+-- from its queue or slot. `data` is a value, or else the token of the copy that `maker` made at `place`.
+local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, place)
+  local is_value = kind == 'v'
   local was_active = ACTIVE[r.state]
   r.state, r.waiting = 'memory', 0
-  if kind == 'v' then
+  if is_value then
     redis.call('HSET', r.name, F.state, 'memory', F.nbytes, nbytes, F.type, type_name, F.value, data)
   else
-    redis.call('HSET', r.name, F.state, 'memory', F.nbytes, nbytes, F.type, type_name, F.blob, data, F.attached, 1)
-    r.attached = '1'
-    keep_blob(data, r.key)
+    redis.call('HSET', r.name, F.state, 'memory', F.nbytes, nbytes, F.type, type_name)
+    begin_copies(r, data, maker, nbytes, place)
   end
   if contains ~= '' then
-    redis.call('HSET', r.name, F.contains, contains, F.attached, 1)
-    r.attached = '1'
+    redis.call('HSET', r.name, F.contains, contains)
+    add_flag(r, L.contains)
     for _, inner in ipairs(split(contains)) do
       local c = load(inner)
       if c then
@@ -170,6 +189,7 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains)
     for _, name in ipairs(dependents_of(r)) do
       local d = load(name)
       if d.state == 'waiting' then
+        if not is_value then add_flag(d, L.near) end
         d.waiting = d.waiting - 1
         if d.waiting == 0 then enqueue(d) else touch(d, true) end
       end
@@ -195,6 +215,8 @@ end
 local function finish()
   run_settle()
   flush_records()
+  flush_copies()
   flush_notices()
+  flush_queues()
   return call_slots(ticket_lease)
 end
