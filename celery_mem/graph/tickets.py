@@ -41,15 +41,19 @@ def send_tickets(app: Celery, tickets: Tickets) -> bool:
 
     A failure is logged and left to their lease: the coordinator sends them again.
     """
-    queue = tickets.queue or app.conf.task_default_queue
-    for ticket in tickets.ids:
+    from kombu.entity import Queue
+
+    for queue, ticket in tickets:
+        # Who consumes a queue has declared it. To do so here too would need the same properties, and a node's
+        # own queue goes with the node.
+        where = {"queue": Queue(queue), "declare": []} if queue else {"queue": app.conf.task_default_queue}
         for left in reversed(range(TRIES)):
             try:
                 # Not by Celery's own retry, which trips over the channel that broke (kombu 5.7).
                 app.send_task(
                     TASK_NAME,
                     args=(ticket,),
-                    queue=queue,
+                    **where,
                     ignore_result=True,
                     retry=False,
                     argsrepr=f"({ticket})",
