@@ -114,3 +114,12 @@ def large_after_word(where: Where, n: int) -> Any:
     import numpy
 
     return numpy.ones(n, dtype="u1")
+
+
+hoarded: list[bytes] = []
+
+
+def hoard(nbytes: int) -> int:
+    """Keep so much memory for good; returns the process."""
+    hoarded.append(b"x" * nbytes)
+    return os.getpid()

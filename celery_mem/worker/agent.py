@@ -1,27 +1,35 @@
 """The node agent: a small process beside each worker that says the node lives, and sees when parts of it die.
 
-It runs no user code and waits for nobody's GIL. It ends after its worker, however that ends: it sees that its
-parent is another one, gives up the slots whose processes are gone, and signs the node off.
+It runs no user code and waits for nobody's GIL. It keeps the node within its memory, drops what was freed and
+moves data between hosts. It ends after its worker, however that ends: it sees that its parent is another one,
+gives up the slots whose processes are gone, and signs the node off. A worker that stops in good order tells
+it so by SIGUSR1 and waits: then what only this node has is saved to Redis first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
 import time
+from typing import Any
 
 from celery_mem.config import Settings
 from celery_mem.errors import CeleryMemError, NamespaceResetError
 from celery_mem.graph.killed import give_up_slot
+from celery_mem.memory.files import NodeFolder
+from celery_mem.memory.process import is_alive
 from celery_mem.state.keys import NODE
-from celery_mem.state.store import Store
-from celery_mem.worker.process import is_alive
+from celery_mem.state.store import Store, node_news
+from celery_mem.worker.housekeeping import Housekeeper
 
 log = logging.getLogger("celery_mem.agent")
 
+AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Blocked when an agent is started: it listens to them when it is ready to."""
 TICK_S = 0.25
 RETRY_S = 1.0
 
@@ -33,29 +41,47 @@ class Agent:
         node: name of the Celery worker.
         parent: pid of its main process.
         news: what `Store.heartbeat` is told of the node when Redis does not know it.
+        folder: the node's results; None if all go through Redis.
     """
 
-    def __init__(self, node: str, parent: int, news: dict[str, str], store: Store) -> None:
+    def __init__(
+        self, node: str, parent: int, news: dict[str, str], store: Store, folder: NodeFolder | None = None
+    ) -> None:
         self.node = node
         self.parent = parent
         self.news = news
         self.store = store
         self.is_stopping = False  # the whole deployment is stopped: what ends now was not killed by its task
+        self.is_told_to_leave = False  # the worker stopped in good order and waits until the node is gone
+        self.house = None if folder is None else Housekeeper(node, parent, folder, store, int(news["limit"]))
+        self._due = 0.0
+        self._is_known = False
 
     def renew(self) -> None:
         """Renew the lease of the node and its slots; tell all about it if Redis knows nothing (any more)."""
-        known = self.store.link.call("EXISTS", self.store.keys.of("node", self.node))
-        self.store.heartbeat(self.node, **({} if known else self.news))
+        pid, status = self.store.link.call(
+            "HMGET", self.store.keys.of("node", self.node), NODE["pid"], NODE["status"]
+        )
+        known = pid is not None
+        told = {} if known else self.news
+        if self.house is not None:
+            if not known and self._is_known:
+                self.house.begin_anew()  # its replicas were given up with it
+            told = told | node_news(memory=self.house.look())
+            if not self._is_leaving and status != b"retiring":
+                told["status"] = "paused" if self.house.is_paused else "running"
+        self._is_known = True
+        self.store.heartbeat(self.node, **told)
 
     def bury(self) -> list[str]:
         """Give up slots whose process is gone; returns those that are left."""
         left = []
         for name in self.store.link.call("SMEMBERS", self.store.keys.of("node_slots", self.node)):
             slot = name.decode()
-            if is_alive(process_of(slot)):
+            if self._runs(slot):
                 left.append(slot)
                 continue
-            is_death = not (self.is_stopping or self._field("slots") == "0")
+            is_death = not (self.is_stopping or self.is_told_to_leave or self._field("slots") == "0")
             given_up = give_up_slot(self.store, slot, self.node, is_death=is_death)
             log.warning("slot %s ended in the middle of %d tasks", slot, len(given_up.keys))
             if given_up.killed:
@@ -64,47 +90,80 @@ class Agent:
 
     def run(self) -> None:
         """Work until the worker is gone, then until its slots are."""
-        pause = max(TICK_S, self.store.settings.node_lease / 4)
-        due = 0.0
+        if self.house is not None:
+            self.house.start()
+        try:
+            self._run()
+        finally:
+            if self.house is not None:
+                self.house.close()
+
+    def _run(self) -> None:
         in_touch = time.monotonic()
         while True:
-            is_over = os.getppid() != self.parent
             try:
                 now = time.monotonic()
-                if is_over and self._sign_off():
+                if self._is_leaving and self._sign_off():
                     return
-                if now >= due:
-                    self.renew()
-                    due = now + pause
+                self._renew_when_due()
                 self.bury()
+                if self.house is not None:
+                    self.house.look_for_deaths()
                 in_touch = now
             except NamespaceResetError:
                 log.warning("the namespace was reset; node %s joins the new one", self.node)
-                due = 0.0
+                self._due = 0.0
                 self._rejoin()
             except CeleryMemError as error:
                 log.warning("node %s: %s", self.node, error)
-                if is_over and time.monotonic() - in_touch > self.store.settings.node_lease:
+                if self._is_leaving and time.monotonic() - in_touch > self.store.settings.node_lease:
                     return  # the lease is over by now, and whoever finds Redis again sees to it
                 time.sleep(RETRY_S)
             time.sleep(TICK_S)
+
+    @property
+    def _is_leaving(self) -> bool:
+        return self.is_told_to_leave or os.getppid() != self.parent
+
+    def _renew_when_due(self) -> None:
+        now = time.monotonic()
+        if now >= self._due:
+            self.renew()
+            self._due = now + max(TICK_S, self.store.settings.node_lease / 4)
+
+    def _runs(self, slot: str) -> bool:
+        process = process_of(slot)
+        if self.is_told_to_leave and process.partition("-")[0] == str(self.parent):
+            return False  # it only waits for us
+        return is_alive(process)
 
     def _sign_off(self) -> bool:
         """Without its worker the node takes no tickets; returns whether it is gone, or another worker's."""
         left = self.bury()
         if self._field("pid") not in (None, str(self.parent)):
             return True  # a worker of the same name has started; its agent has taken over
+        if left or self._field("slots") != "0":
+            self.store.heartbeat(self.node, slots="0", status="stopping")
         if left:
-            if self._field("slots") != "0":
-                self.store.heartbeat(self.node, slots="0")
             return False
-        return not self.store.leave_node(self.node)
+        if self.house is not None and self.is_told_to_leave:
+            self.house.save_unique(self._renew_when_due)
+            self.is_told_to_leave = os.getppid() == self.parent
+        # Its tickets are left to the coordinator, like those of all that it gives back.
+        while not (leave := self.store.leave_node(self.node)).is_over:
+            if leave.slots:
+                return False
+        return True
 
     def _rejoin(self) -> None:
         try:
-            self.store.generation = Store.connect(self.store.settings, self.store.link).generation
+            generation = Store.connect(self.store.settings, self.store.link).generation
         except CeleryMemError as error:
             log.warning("node %s: %s", self.node, error)
+            return
+        self.store.generation = generation
+        if self.house is not None:
+            self.house.begin_anew(generation)
 
     def _field(self, name: str) -> str | None:
         value = self.store.link.call("HGET", self.store.keys.of("node", self.node), NODE[name])
@@ -127,26 +186,45 @@ def main() -> None:
         # Short, so that it sees the end of its worker while Redis is away too.
         retry_timeout=RETRY_S,
     )
+    folder = NodeFolder.open(told["news"]["dir"]) if told["news"].get("dir") else None
+    try:
+        _serve(node, parent, settings, told["news"], folder)
+    finally:
+        if folder is not None and (os.getppid() != parent or signal.SIGUSR1 in _signalled):
+            folder.destroy()
+
+
+_signalled: set[int] = set()
+
+
+def _serve(
+    node: str, parent: int, settings: Settings, news: dict[str, Any], folder: NodeFolder | None
+) -> None:
     agent = None
 
-    def stop(*_: object) -> None:
+    def note(number: int, _: object) -> None:
         # A deployment may signal all processes at once, as Heroku does: the agent goes after its worker.
+        _signalled.add(number)
         if agent is not None:
-            agent.is_stopping = True
+            agent.is_stopping = bool(_signalled & {signal.SIGTERM, signal.SIGINT})
+            agent.is_told_to_leave = signal.SIGUSR1 in _signalled
 
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    while os.getppid() == parent:
+    for number in AGENT_SIGNALS:
+        signal.signal(number, note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, AGENT_SIGNALS)  # those that came before are heard now
+    while True:
         try:
             store = Store.connect(settings)
             break
         except CeleryMemError as error:
             log.warning("node %s: %s", node, error)
+            if os.getppid() != parent or signal.SIGUSR1 in _signalled:
+                return
             time.sleep(RETRY_S)
-    else:
-        return
-    agent = Agent(node, parent, told["news"], store)
-    agent.run()
+    agent = Agent(node, parent, news, store, folder)
+    agent.is_told_to_leave = signal.SIGUSR1 in _signalled
+    with contextlib.closing(store.link):
+        agent.run()
 
 
 if __name__ == "__main__":

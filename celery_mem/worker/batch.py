@@ -7,11 +7,11 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
-from celery_mem.state.store import Done, Failed, Taken
+from celery_mem.state.store import Done, Failed, Missing, Taken
 
 
 class Reports(NamedTuple):
-    """What Redis is to be told: completions, failures, and tasks that are handed back.
+    """What Redis is to be told: completions, failures, tasks handed back, and those that lack inputs.
 
     `kept` are results with futures inside, which pin those until Redis knows that the results do.
     """
@@ -19,6 +19,7 @@ class Reports(NamedTuple):
     done: list[Done]
     failed: list[Failed]
     back: list[Taken]
+    missing: list[Missing]
     kept: list[Any]
 
 
@@ -32,7 +33,7 @@ class Batch:
         self._waiting: deque[Taken] = deque()
         self._running: dict[str, Taken] = {}  # by attempt; one runs, the others wait for tasks
         self._since = 0.0  # when the last task began or ended
-        self._reports = Reports([], [], [], [])
+        self._reports = Reports([], [], [], [], [])
 
     def begin(self, taken: list[Taken]) -> None:
         """Take up tasks."""
@@ -51,13 +52,15 @@ class Batch:
             self._since = time.monotonic()
             return task
 
-    def add(self, task: Taken, outcome: Done | Failed, keep: Any = None) -> None:
+    def add(self, task: Taken, outcome: Done | Failed | Missing, keep: Any = None) -> None:
         """Record what came of a task; `keep` lives until the report is sent."""
         with self._lock:
             self._running.pop(task.attempt, None)
             self._since = time.monotonic()
             if isinstance(outcome, Done):
                 self._reports.done.append(outcome)
+            elif isinstance(outcome, Missing):
+                self._reports.missing.append(outcome)
             else:
                 self._reports.failed.append(outcome)
             if keep is not None:
@@ -95,6 +98,7 @@ class Batch:
             mine.done[:0] = reports.done
             mine.failed[:0] = reports.failed
             mine.back[:0] = reports.back
+            mine.missing[:0] = reports.missing
             mine.kept[:0] = reports.kept
 
     def is_running(self, task: Taken) -> bool:
@@ -111,8 +115,7 @@ class Batch:
         return not (self._waiting or any(self._reports))
 
     def _drain(self) -> Reports:
-        done, failed, back, kept = self._reports
-        reports = Reports(done, failed, [*back, *self._waiting], kept)
-        self._reports = Reports([], [], [], [])
+        reports = self._reports._replace(back=[*self._reports.back, *self._waiting])
+        self._reports = Reports([], [], [], [], [])
         self._waiting.clear()
         return reports

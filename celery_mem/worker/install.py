@@ -6,6 +6,7 @@ import functools
 import logging
 from typing import Any
 
+import click
 from celery import Celery
 from celery.worker.request import Request
 from kombu.asynchronous import get_event_loop
@@ -72,4 +73,12 @@ def install(app: Celery, **settings: Any) -> Celery:
         return run_ticket(self.app, self.app.mem_settings(), self.request.hostname, ticket_id)
 
     app.steps["worker"].add(NodeStep)
+    app.user_options["worker"].add(
+        click.Option(
+            ["--mem-resources"],
+            default="",
+            metavar="NAME=AMOUNT,...",
+            help="What tasks may ask for with resources=, and how much this node has of it, e.g. GPU=2.",
+        )
+    )
     return app

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from celery import bootsteps
+from kombu.entity import Exchange, Queue
 
 from celery_mem.errors import CeleryMemError, ConfigError, SchemaError, UnsupportedPoolError
 from celery_mem.graph.tickets import send_tickets
+from celery_mem.memory.files import NodeFolder
+from celery_mem.memory.limits import memory_limit
+from celery_mem.memory.process import own_identity
+from celery_mem.memory.roots import choose_root, remove_dead_folders
 from celery_mem.state.keys import NODE
-from celery_mem.state.store import Store
+from celery_mem.state.store import Store, node_news
+from celery_mem.worker import children
+from celery_mem.worker.agent import AGENT_SIGNALS
+from celery_mem.worker.tickets import close_memory
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -27,6 +38,8 @@ POOLS = {
 AGENT_CHECK_S = 2.0
 ANNOUNCE_S = 2.0
 """How long the worker itself tries to tell Redis of its begin or end. Its signals have to wait meanwhile."""
+LEAVE_S = 5.0
+"""How long an agent may take to sign its node off, beside what saving takes."""
 
 
 class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -34,28 +47,46 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
 
     requires = ("celery.worker.components:Timer", "celery.worker.components:Pool")
 
-    def __init__(self, parent: Any, **options: Any) -> None:
+    def __init__(self, parent: Any, mem_resources: str = "", **options: Any) -> None:
         super().__init__(parent, **options)
         try:
             self.pool = supported_pool(parent.pool_cls)
             self.settings = parent.app.mem_settings()
+            self.resources = parse_resources(mem_resources)
         except (UnsupportedPoolError, ConfigError) as error:
             raise SystemExit(str(error)) from error
         self.agent: subprocess.Popen[bytes] | None = None
         self.news: dict[str, str] = {}
+        self.slots = 1 if self.pool == "solo" else int(parent.concurrency)
+        self.limit = memory_limit(self.settings.memory_limit)
+        # Before the pool forks: its children find the folder in the app.
+        self.folder = self._make_folder(parent.hostname) if self.settings.node_memory else None
+        parent.app.mem_folder = "" if self.folder is None else self.folder.path
+        if self.pool == "prefork":
+            children.limit_memory(parent, self.limit // self.slots)
 
     def start(self, parent: Any) -> None:
         """Announce the node, start its agent, and call for work that waits already."""
-        slots = 1 if self.pool == "solo" else int(parent.concurrency)
-        self.news = {
-            "queue": self.settings.queue or _consumed_queue(parent.app),
-            "slots": str(slots),
-            "pid": str(os.getpid()),
-            "pool": self.pool,
-            "hostname": parent.hostname.partition("@")[2],
-        }
+        queue = self.settings.queue or _consumed_queue(parent.app)
+        self.news = node_news(
+            queue=queue,
+            slots=str(self.slots),
+            pid=str(os.getpid()),
+            pool=self.pool,
+            hostname=parent.hostname.partition("@")[2],
+            dir=parent.app.mem_folder,
+            limit=str(self.limit),
+            resources=self.resources,
+            status="running",
+        )
+        self.own_queue = f"{queue}@{parent.hostname}"
+        # By the default exchange: a binding of its own would be left behind, in Redis for ever.
+        parent.app.amqp.queues.select_add(
+            Queue(self.own_queue, Exchange(""), self.own_queue, durable=False, auto_delete=True)
+        )
         self._keep_agent(parent.hostname)
         parent.timer.call_repeatedly(AGENT_CHECK_S, self._keep_agent, (parent.hostname,))
+        atexit.register(self._leave, os.getpid())
         try:
             # The agent would do this too, a moment later; and it does if there is no Redis yet.
             store = Store.connect(self.settings.replace(retry_timeout=ANNOUNCE_S))
@@ -66,10 +97,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             raise SystemExit(str(error)) from error
         except CeleryMemError as error:
             log.warning("node %s joins later: %s", parent.hostname, error)
-        log.info("node %s: %s slots (%s)", parent.hostname, slots, self.pool)
+        log.info("node %s: %s slots (%s)", parent.hostname, self.slots, self.pool)
 
     def stop(self, parent: Any) -> None:
-        """Take no more tickets; the agent stays until this process is gone and then signs the node off."""
+        """Take no more tickets; the agent stays until all else is gone and then signs the node off."""
         if not self.news:
             return  # it never started
         self.news = {}
@@ -77,12 +108,54 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             store = Store.connect(self.settings.replace(retry_timeout=ANNOUNCE_S))
             pid = store.link.call("HGET", store.keys.of("node", parent.hostname), NODE["pid"])
             if pid == str(os.getpid()).encode():  # no worker of the same name has started since
-                store.heartbeat(parent.hostname, slots="0")
+                store.heartbeat(parent.hostname, slots="0", status="stopping")
+                self._delete_queue(parent.app)
             store.link.close()
         except Exception as error:
             log.warning("could not announce the end of node %s: %s", parent.hostname, error)
 
     terminate = stop
+
+    def _make_folder(self, node: str) -> NodeFolder | None:
+        root = choose_root(self.settings)
+        if not root:
+            return None
+        for path in remove_dead_folders(root):
+            log.info("removed %s, which a dead worker left", path)
+        try:
+            return NodeFolder.create(
+                root,
+                self.settings.namespace,
+                node,
+                own_identity(),
+                recycle_bytes=self.settings.recycle_bytes,
+                spill_url=self.settings.spill_url,
+            )
+        except OSError as error:
+            log.warning("results go through Redis: no folder can be made in %s: %s", root, error)
+            return None
+
+    def _delete_queue(self, app: Any) -> None:
+        with app.connection_for_write() as connection, contextlib.suppress(Exception):
+            channel = connection.default_channel  # whatever the broker makes of this, it is only tidier
+            channel.queue_purge(self.own_queue)
+            channel.queue_delete(self.own_queue)
+
+    def _leave(self, pid: int) -> None:
+        """At the end of the process, when the pool is gone, have the agent sign the node off; wait for it.
+
+        Where this process is all that a container runs, nobody would be left to save what only this node has.
+        """
+        if os.getpid() != pid:
+            return
+        close_memory()  # of a pool whose slots are threads of this process
+        self.news = {}
+        if self.agent is not None and self.agent.poll() is None:
+            self.agent.send_signal(signal.SIGUSR1)
+            try:
+                self.agent.wait(self.settings.save_seconds + LEAVE_S)
+            except subprocess.TimeoutExpired:
+                log.warning("the agent does not end; it will when it sees that the worker is gone")
 
     def _keep_agent(self, node: str) -> None:
         """Start the agent, again if somebody killed it: without it the node counts as gone."""
@@ -90,11 +163,15 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             return
         if self.agent is not None:
             log.warning("the agent of node %s is gone (%s); starting another", node, self.agent.returncode)
-        self.agent = subprocess.Popen(
-            [sys.executable, "-m", "celery_mem.worker.agent", node, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        )
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, AGENT_SIGNALS)
+        try:
+            self.agent = subprocess.Popen(
+                [sys.executable, "-m", "celery_mem.worker.agent", node, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         assert self.agent.stdin is not None
         # By pipe, not by argument: the address may hold a password, and anyone may read a command line.
         self.agent.stdin.write(json.dumps({"settings": asdict(self.settings), "news": self.news}).encode())
@@ -114,6 +191,24 @@ def supported_pool(pool_cls: type) -> str:
         "celery-mem runs on the pools prefork, threads and solo, not on "
         f"{pool_cls.__module__.rpartition('.')[2]}; start this worker with --pool=prefork"
     )
+
+
+def parse_resources(text: str | None) -> dict[str, float]:
+    """Return the amounts in a text such as "GPU=2,TPU=1".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    found: dict[str, float] = {}
+    for item in filter(None, (text or "").split(",")):
+        name, sign, amount = item.partition("=")
+        try:
+            found[name.strip()] = float(amount)
+        except ValueError:
+            sign = ""
+        if not (sign and name.strip() and found[name.strip()] >= 0):
+            raise ConfigError(f"--mem-resources takes pairs such as GPU=2,TPU=1, not {text!r}")
+    return found
 
 
 def _consumed_queue(app: Any) -> str:

@@ -26,10 +26,11 @@ from celery_mem.graph.calls import decode_call, decode_function
 from celery_mem.graph.errors import encode_error
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
-from celery_mem.memory.serialize import dumps, loads, loads_inline
+from celery_mem.memory.serialize import dumps
 from celery_mem.state.link import Command
-from celery_mem.state.store import Done, Failed, Input, Store, Taken
-from celery_mem.worker.cache import Cached, ResultCache
+from celery_mem.state.store import Done, Failed, Missing, Store, Taken
+from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, StoredInputs
+from celery_mem.worker.memory import ProcessMemory, token_suffix
 
 KEPT_FUNCTIONS = 1000
 
@@ -38,12 +39,12 @@ class Report(NamedTuple):
     """What came of one task.
 
     Attributes:
-        outcome: its completion or its failure.
+        outcome: its completion, its failure, or which of its inputs were not there.
         seconds: how long the call took.
         keep: the result, if futures are inside: until Redis has the report, only this object pins them.
     """
 
-    outcome: Done | Failed
+    outcome: Done | Failed | Missing
     seconds: float
     keep: Any
 
@@ -54,12 +55,14 @@ class TaskRunner:
     Args:
         store: where functions, inputs and results are.
         settings: limits.
+        memory: of this process; None if all results go through Redis.
     """
 
-    def __init__(self, store: Store, settings: Settings) -> None:
+    def __init__(self, store: Store, settings: Settings, memory: ProcessMemory | None = None) -> None:
         self.store = store
         self.settings = settings
-        self.results = ResultCache(settings.cache_bytes)
+        self.inputs: Inputs = StoredInputs(store, settings) if memory is None else NodeInputs(store, memory)
+        self.memory = memory
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def run(self, task: Taken) -> Report:
@@ -70,19 +73,21 @@ class TaskRunner:
             RedisUnavailableError: no inputs or no place for the result; not the task's fault.
         """
         started = time.perf_counter()
-        outcome: Done | Failed
+        outcome: Done | Failed | Missing
         keep = None
         try:
             func = self._function(task.function)
             started = time.perf_counter()
             args, kwargs = self._arguments(task)
             try:
-                result = _call(func, args, kwargs)
+                result = [_call(func, args, kwargs)]
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
                 outcome = _failure(task, error)
             else:
-                outcome = self._store_result(task, result)
-                keep = result if outcome.contains else None
+                del args, kwargs  # an input may be part of the result, which is to be nobody else's
+                outcome, keep = self._store_result(task, result)
+        except InputsMissingError as error:
+            outcome = Missing(task.key, task.attempt, error.lost)
         except (WorkerShutdown, WorkerTerminate, RedisUnavailableError):
             raise
         except BaseException as error:
@@ -109,39 +114,26 @@ class TaskRunner:
             if found is None:
                 raise DataLostError(key_of(task.key), "the blob with its arguments is gone")
             payload = found[0]
-        values = [self._input(i) for i in task.inputs]
-        return decode_call(payload, [i.key for i in task.inputs], values)
+        return decode_call(payload, [i.key for i in task.inputs], self.inputs.read(task.inputs))
 
-    def _input(self, given: Input) -> Any:
-        what = f"input {given.key}"
-        if given.kind == "v":
-            return loads_inline(given.data, what)
-        token = given.data.decode()
-        cached = self.results.get(f"{token}:{given.key}")
-        if cached is not None:
-            # A copy for each reader: a task that writes into its input spoils nobody's.
-            return loads(cached.head, [bytearray(b) for b in cached.buffers], what)
-        found = None
-        if given.kind == "b":
-            found = blobs.read(self.store.link, self.store.keys.blob(token, given.key), given.key)
-        if found is None:
-            raise DataLostError(key_of(given.key), "its data was gone when a task came to read it")
-        self._keep(token, given.key, bytes(found[0]), found[1])
-        return loads(memoryview(found[0]), found[1], what)
+    def _store_result(self, task: Taken, box: list[Any]) -> tuple[Done, Any]:
+        """Put a result where it belongs; returns its report, and the result if that must live on meanwhile.
 
-    def _keep(self, token: str, key: str, head: bytes, buffers: list[Any]) -> None:
-        """Keep a copy of a result: the buffers are the task's own, which may write into them at any time."""
-        nbytes = len(head) + sum(memoryview(b).nbytes for b in buffers)
-        if self.results.has_room(nbytes):
-            self.results.put(f"{token}:{key}", Cached(head, [bytes(b) for b in buffers], nbytes))
-
-    def _store_result(self, task: Taken, result: Any) -> Done:
+        Args:
+            box: the result, which is taken out: nothing else may refer to what is kept in node memory.
+        """
+        result = box.pop()
         frames = dumps(result, f"the result of {task.key}")
-        nbytes = frames.nbytes
         type_name = type(result).__qualname__
-        if nbytes <= self.settings.inline_limit:
-            data = frames.inline()
-            return Done(task.key, task.attempt, nbytes, type_name, "v", data, frames.contains)
+        keep = result if frames.contains else None
+        del result
+        done = Done(task.key, task.attempt, frames.nbytes, type_name, "v", "", frames.contains)
+        if done.nbytes <= self.settings.inline_limit:
+            return done._replace(data=frames.inline()), keep
+        if self.memory is not None and self.memory.live.has_room:
+            token = f"{task.attempt}{token_suffix(self.store.generation)}"
+            self.memory.live.add(task.key, token, frames)
+            return done._replace(kind="n", data=token), keep
         name = self.store.keys.blob(task.attempt, task.key)
         # Ahead of the report, in calls of its own: one that Redis refuses must not count as a completion.
         self._write(
@@ -149,8 +141,8 @@ class TaskRunner:
                 name, frames, piece_bytes=self.settings.piece_bytes, lease_s=self.settings.blob_lease
             )
         )
-        self._keep(task.attempt, task.key, frames.head, frames.buffers)
-        return Done(task.key, task.attempt, nbytes, type_name, "b", task.attempt, frames.contains)
+        self.inputs.note(task.key, task.attempt, frames)
+        return done._replace(kind="b", data=task.attempt), keep
 
     def _write(self, commands: list[Command]) -> None:
         deadline = time.monotonic() + self.settings.retry_timeout

@@ -18,10 +18,12 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from celery_mem.config import Settings
 from celery_mem.errors import NamespaceResetError
 from celery_mem.graph.inside import Wait
+from celery_mem.memory.trimming import give_back
 from celery_mem.state.keys import TASK
 from celery_mem.state.link import Link
-from celery_mem.state.store import Store, Taken, Tickets
+from celery_mem.state.store import Done, Store, Taken, Tickets
 from celery_mem.worker.batch import Batch, Reports
+from celery_mem.worker.memory import ProcessMemory
 from celery_mem.worker.run import TaskRunner
 from celery_mem.worker.turns import Driver, Turns
 
@@ -29,6 +31,8 @@ log = logging.getLogger("celery_mem.worker")
 
 LONG = 10
 """A task is long when it has run for this many times the batch target."""
+BATCH_BYTES = 2 << 20
+"""The results of one batch should take no more: what they are needed for comes after the batch."""
 MOST_HELPERS = 100
 """Threads that drive a slot whose tasks wait for tasks that wait for tasks; beyond, they only wait."""
 NOTICE_S = 0.005
@@ -47,18 +51,27 @@ class Slot:
         name: `<node>|<process identity>.<n>`; the node's agent watches the process.
         node: name of the Celery worker.
         send_tickets: sends tickets that a step asked for; returns whether the broker took them.
+        memory: node memory of this process; None if all results go through Redis.
     """
 
     def __init__(
-        self, name: str, node: str, settings: Settings, send_tickets: Callable[[Tickets], bool]
+        self,
+        name: str,
+        node: str,
+        settings: Settings,
+        send_tickets: Callable[[Tickets], bool],
+        memory: ProcessMemory | None = None,
     ) -> None:
         self.name = name
         self.node = node
         self.settings = settings
         self.send_tickets = send_tickets
         self.store = Store.connect(settings)
-        self.runner = TaskRunner(self.store, settings)
+        self.memory = memory
+        self.runner = TaskRunner(self.store, settings, memory)
         self.seconds_per_task = settings.batch_target
+        self.bytes_per_task = 0.0
+        self._told_pace_s = 0.0
         self._wake = Link.connect(settings, blocking=True)
         self._batch = Batch()
         self._turns = Turns()
@@ -69,6 +82,7 @@ class Slot:
         self._watcher: threading.Thread | None = None
         self._closed = False
         self._was_useful = True
+        self._may_trim = False  # something ran since the heap was trimmed
         self._cut_off_until = 0.0  # until then, tickets that the broker did not take count as on their way
 
     def run_ticket(self, ticket: str) -> int:
@@ -124,6 +138,9 @@ class Slot:
         return [t for t in taken if not self._batch.is_running(t)]
 
     def _send(self, mode: str, want: int, reports: Reports, ticket: str = "") -> list[Taken]:
+        if self.memory is not None:
+            mode += "mp" if self.memory.is_paused else "m"
+        pace_s = self._new_pace()
         try:
             step = self.store.step(
                 self.name,
@@ -134,41 +151,76 @@ class Slot:
                 done=reports.done,
                 failed=reports.failed,
                 back=[(task.key, task.attempt) for task in reports.back],
+                missing=reports.missing,
+                pace_ms=None if pace_s is None else pace_s * 1000,
             )
         except BaseException:
             self._batch.restore(reports)  # repeated by the next step, which does no harm
             raise
+        if pace_s is not None:
+            self._told_pace_s = pace_s
         if step.stale:
             log.info("%d reports came too late, first %s: void", len(step.stale), step.stale[0])
-            late = set(step.stale)
-            for done in reports.done:
-                if done.key in late and done.kind == "b":
-                    self.store.link.call("UNLINK", self.store.keys.blob(done.attempt, done.key))
-        if step.tickets.ids:
+        self._settle_copies(reports.done, set(step.stale))
+        if step.tickets:
             sent = self.send_tickets(step.tickets)
             self._cut_off_until = 0.0 if sent else time.monotonic() + self.settings.ticket_lease
         return step.taken
+
+    def _settle_copies(self, reported: list[Done], late: set[str]) -> None:
+        """Drop the copies of results that came too late; of the others Redis knows from now on."""
+        known: list[str] = []
+        unwanted: list[str] = []
+        saves: list[str] = []
+        for done in reported:
+            if done.kind == "n":
+                (unwanted if done.key in late else known).append(str(done.data))
+                if done.key not in late:
+                    saves.append(f"s {done.data!s} {done.key}")
+            elif done.kind == "b" and done.key in late:
+                self.store.link.call("UNLINK", self.store.keys.blob(done.attempt, done.key))
+        if self.memory is not None and (known or unwanted):
+            self.memory.live.now_known(known)
+            self.memory.drop(unwanted)
+        if saves and self.settings.publish == "always":
+            self.store.mail(self.node, *saves)
+
+    def _new_pace(self) -> float | None:
+        """Return how long a task takes here, if Redis was told something else."""
+        told, now = self._told_pace_s, self.seconds_per_task
+        return None if 2 * told / 3 <= now <= 3 * told / 2 else now
 
     def _wait_for_work(self, driver: Driver) -> bool:
         """Wait up to the linger time for a wake-up."""
         name = self.store.keys.of("wake", self.name)
         self._turns.give(driver)
         try:
-            return self._wake.call("BLPOP", name, self.settings.linger) is not None
+            is_called = self._wake.call("BLPOP", name, self.settings.linger) is not None
+            if not is_called and self._may_trim:
+                self._may_trim = False
+                give_back()  # between tasks it would slow down the next one, which needs it again
+            return is_called
         finally:
             self._turns.take(driver)
 
     def _want(self) -> int:
-        return max(1, min(self.settings.batch_limit, int(self.settings.batch_target / self.seconds_per_task)))
+        most = min(
+            self.settings.batch_target / self.seconds_per_task, BATCH_BYTES / (self.bytes_per_task + 1)
+        )
+        return max(1, min(self.settings.batch_limit, int(most)))
 
     def _run(self, driver: Driver, taken: list[Taken]) -> int:
         """Run tasks one after the other, until none is left or the driver is to end; returns how many ran."""
         batch, ran = self._batch, 0
+        live = None if self.memory is None else self.memory.live
         batch.begin(taken)
+        self._may_trim = True
         if len(taken) > 1:
             self._watch()
         while self._turns.pass_on(driver) and (task := batch.next()) is not None:
             driver.task = task
+            if live is not None:
+                live.begin()
             try:
                 report = self.runner.run(task)
             except BaseException:
@@ -176,8 +228,14 @@ class Slot:
                 raise
             finally:
                 driver.task = None
+                if live is not None:
+                    live.end()
             batch.add(task, report.outcome, report.keep)
             self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
+            nbytes = report.outcome.nbytes if isinstance(report.outcome, Done) else 0
+            self.bytes_per_task = max(
+                nbytes, 0.9 * self.bytes_per_task
+            )  # what reduces them has small results
             del report  # and with it the result, which the batch keeps for as long as it must
             ran += 1
         return ran
@@ -302,4 +360,5 @@ class Slot:
         self._closed = True
         self._batch.has_several.set()
         self._wake.close()
+        self.runner.inputs.close()
         self.store.link.close()

@@ -16,11 +16,12 @@ from celery_mem.config import Settings
 from celery_mem.errors import NamespaceResetError
 from celery_mem.graph import inside
 from celery_mem.graph.tickets import send_tickets
-from celery_mem.worker.process import own_identity
+from celery_mem.memory.process import own_identity
 
 if TYPE_CHECKING:
     from celery import Celery
 
+    from celery_mem.worker.memory import ProcessMemory
     from celery_mem.worker.slot import Slot
     from celery_mem.worker.turns import Driver
 
@@ -28,6 +29,8 @@ log = logging.getLogger("celery_mem.worker")
 
 _local = threading.local()
 _numbers = itertools.count(1)
+_memory: tuple[int, ProcessMemory | None] | None = None  # pid, and the memory that its slots share
+_memory_lock = threading.Lock()
 
 
 def run_ticket(app: Celery, settings: Settings, node: str, ticket: str) -> int:
@@ -38,6 +41,8 @@ def run_ticket(app: Celery, settings: Settings, node: str, ticket: str) -> int:
     except NamespaceResetError as error:
         log.warning("%s; slot %s begins anew", error, slot.name)
         _local.slot = None
+        if slot.memory is not None:
+            slot.memory.forget_generation(slot.store.generation)
         slot.close()
         return 0
     except (WorkerShutdown, WorkerTerminate):
@@ -56,9 +61,43 @@ def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
 
         inside.worker = Host(app, settings, node)
         name = f"{node}|{own_identity()}.{next(_numbers)}"
-        slot = Slot(name, node, settings, lambda tickets: send_tickets(app, tickets))
+        memory = _memory_here(app, settings, node)
+        slot = Slot(name, node, settings, lambda tickets: send_tickets(app, tickets), memory)
         _local.slot, _local.pid = slot, os.getpid()
     return slot
+
+
+def _memory_here(app: Celery, settings: Settings, node: str) -> ProcessMemory | None:
+    """Return node memory as this process has it, made by the first of its slots."""
+    global _memory
+    with _memory_lock:
+        if _memory is None or _memory[0] != os.getpid():
+            memory = _make_memory(app, settings, node) if settings.node_memory else None
+            _memory = (os.getpid(), memory)
+            if memory is not None:
+                signals.worker_process_shutdown.connect(close_memory, weak=False)
+        return _memory[1]
+
+
+def _make_memory(app: Celery, settings: Settings, node: str) -> ProcessMemory | None:
+    from celery_mem.worker.memory import ProcessMemory, folder_of
+
+    folder = folder_of(app, settings, node)
+    return None if folder is None else ProcessMemory(folder, node, settings)
+
+
+def live_bytes() -> int:
+    """Return the bytes of results that this process has not written yet."""
+    found = _memory
+    return 0 if found is None or found[0] != os.getpid() or found[1] is None else found[1].live.nbytes
+
+
+def close_memory(**_: Any) -> None:
+    """Write what only this process has: it ends in good order."""
+    global _memory
+    found, _memory = _memory, None
+    if found is not None and found[0] == os.getpid() and found[1] is not None:
+        found[1].close()
 
 
 class Host:

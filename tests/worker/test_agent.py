@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from celery_mem.errors import KilledWorkerError
+from celery_mem.memory.process import _started, is_alive, own_identity
 from celery_mem.state.audit import read
 from celery_mem.state.keys import NODE, TASK
 from celery_mem.worker.agent import Agent, process_of
-from celery_mem.worker.process import _started, is_alive, own_identity
 from tests.deployment import wait_until
 from tests.tasks import inc
 from tests.worker.conftest import Space

@@ -120,8 +120,8 @@ def test_after_its_slice_a_slot_goes_home_and_sends_a_ticket_for_what_is_left(sp
     n = slot.run_ticket("1")
     assert 0 < n < 40
     assert read(space.store).slots == {}
-    assert [(t.queue, len(t.ids)) for t in space.sent] == [("queue", 1)]
-    assert space.slot().run_ticket(space.sent[0].ids[0]) == 40 - n
+    assert [[t.queue for t in tickets] for tickets in space.sent] == [["queue"]]
+    assert space.slot().run_ticket(space.sent[0][0].id) == 40 - n
     assert space.client.gather(futures) == list(range(40))
     space.store.leave_node("node")
 
@@ -283,7 +283,7 @@ def test_the_cache_keeps_within_its_limit(space: Space) -> None:
     futures = space.map(make_array, range(1000, 1040))
     sums = [space.submit(np.sum, f) for f in futures]
     slot.run_ticket("1")
-    assert 50_000 < slot.runner.results.nbytes <= 100_000
+    assert 50_000 < slot.runner.inputs.results.nbytes <= 100_000
     assert space.client.gather(sums) == [sum(range(n)) for n in range(1000, 1040)]
 
 
