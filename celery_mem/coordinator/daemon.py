@@ -8,24 +8,31 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from celery_mem.config import Settings
 from celery_mem.coordinator.clients import ClientLeases
+from celery_mem.coordinator.copies import Copies
 from celery_mem.coordinator.duty import Duty
 from celery_mem.coordinator.freeing import Freeing
-from celery_mem.coordinator.nodes import NodeLeases
+from celery_mem.coordinator.jobs import Jobs
+from celery_mem.coordinator.nodes import NodeLeases, NodeQueues
+from celery_mem.coordinator.outside import CelerySide, Outside
+from celery_mem.coordinator.surplus import Surplus
 from celery_mem.coordinator.tickets import TicketCalls
+from celery_mem.coordinator.unrunnable import Unrunnable
 from celery_mem.errors import CeleryMemError, FencedError, NamespaceResetError, RedisUnavailableError
-from celery_mem.state.store import Store, Tickets
+from celery_mem.state.store import Store
 
 if TYPE_CHECKING:
     from celery import Celery
 
 log = logging.getLogger("celery_mem.coordinator")
 
-DUTIES: tuple[type[Duty], ...] = (Freeing, ClientLeases, NodeLeases, TicketCalls)
+DUTIES: tuple[type[Duty], ...] = (
+    *(Freeing, ClientLeases, NodeLeases, TicketCalls),
+    *(Copies, Jobs, Surplus, Unrunnable, NodeQueues),
+)
 RETRY_S = 1.0
 """How long one call waits for a Redis that is away; then the loop looks whether it is to stop."""
 
@@ -35,13 +42,13 @@ class Coordinator:
 
     Args:
         store: the namespace.
-        send_tickets: sends tickets through Celery.
+        outside: what it does through Celery.
     """
 
-    def __init__(self, store: Store, send_tickets: Callable[[Tickets], None]) -> None:
+    def __init__(self, store: Store, outside: Outside) -> None:
         self.store = store
         self.name = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.duties = [duty(store, send_tickets) for duty in DUTIES]
+        self.duties = [duty(store, outside) for duty in DUTIES]
         self._due = dict.fromkeys((d.name for d in self.duties), 0.0)
         self._lead_due = 0.0
         self._term = ""
@@ -137,15 +144,4 @@ def run(settings: Settings, app: Celery | None = None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    celery_app = app
-
-    def send(tickets: Tickets) -> None:
-        nonlocal celery_app
-        if not tickets.ids:
-            return
-        from celery_mem.graph.tickets import make_app, send_tickets
-
-        celery_app = celery_app or make_app(settings)
-        send_tickets(celery_app, tickets)
-
-    Coordinator(Store.connect(settings), send).run(stop)
+    Coordinator(Store.connect(settings), CelerySide(settings, app)).run(stop)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 from celery_mem.config import Settings
+from celery_mem.coordinator.outside import Outside
 from celery_mem.state.store import Store, Tickets
 
 CALLS_AT_ONCE = 20
@@ -23,9 +24,9 @@ class Duty(ABC):
     name: str
     every_s: float
 
-    def __init__(self, store: Store, send_tickets: Callable[[Tickets], None]) -> None:
+    def __init__(self, store: Store, outside: Outside) -> None:
         self.store = store
-        self.send_tickets = send_tickets
+        self.outside = outside
 
     @classmethod
     def patience_s(cls, settings: Settings) -> float:
@@ -44,3 +45,11 @@ class Duty(ABC):
         Raises:
             FencedError: another coordinator leads.
         """
+
+    def send_tickets(self, tickets: Tickets) -> None:
+        """Send tickets through Celery."""
+        self.outside.send_tickets(tickets)
+
+    def now_s(self) -> float:
+        """Return the time: seconds since the epoch, or what the clock of a test says."""
+        return time.time() if self.store.now_ms is None else self.store.now_ms / 1000

@@ -14,4 +14,4 @@ class TicketCalls(Duty):
     def run_once(self, fence: str) -> int:
         tickets = self.store.call_tickets(fence)
         self.send_tickets(tickets)
-        return len(tickets.ids)
+        return len(tickets)
