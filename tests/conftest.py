@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 from celery_mem import Client, LocalCluster
 from celery_mem.config import Settings
+from celery_mem.memory.audit_files import FileViolation, audit_files
 from celery_mem.state.audit import audit
 from celery_mem.state.link import Link
 from celery_mem.state.store import Store
@@ -104,6 +106,28 @@ def fake_link() -> Link:
     return Link(client.connection_pool, address="fakeredis")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--through-redis",
+        action="store_true",
+        help="no node memory: all results of clusters go through Redis",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "node_memory: what only node memory does; left out of --through-redis")
+    if config.getoption("--through-redis"):
+        os.environ["CELERY_MEM_NODE_MEMORY"] = "false"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--through-redis"):
+        skip = pytest.mark.skip(reason="this is about node memory, which is off")
+        for item in items:
+            if item.get_closest_marker("node_memory"):
+                item.add_marker(skip)
+
+
 # --- a cluster ----------------------------------------------------------------------------------------------
 
 
@@ -147,11 +171,22 @@ def client(connect: Callable[..., Client]) -> Client:
 
 
 @pytest.fixture
+def nodes(client: Client) -> list[str]:
+    """The names of the two nodes of the cluster, once they have joined."""
+    client.wait_for_workers(2, timeout=60)
+    return sorted(client.ncores())
+
+
+@pytest.fixture
 def gate(cluster: LocalCluster) -> Iterator[Gate]:
     """Holds up tasks until it is opened; what still waits when the test ends goes on."""
     gate = Gate(cluster.url)
     yield gate
     gate.open()
+
+
+def files_of(store: Store) -> list[FileViolation]:
+    return [v for v in audit_files(store) if v.rule != "dead folder"]
 
 
 @pytest.fixture(autouse=True)
@@ -164,5 +199,7 @@ def _the_namespace_is_clean(request: pytest.FixtureRequest) -> Iterator[None]:
         try:
             # Tickets come and go: what one look finds may be a moment's, what stays is a fault.
             assert until(lambda: audit(store) == []), audit(store)
+            # Nor are files and records; other runs may be leaving something at this moment.
+            assert until(lambda: files_of(store) == []), files_of(store)
         finally:
             store.link.close()

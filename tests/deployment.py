@@ -35,6 +35,11 @@ def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = PATIE
     return answer
 
 
+def through_redis() -> dict[str, bool]:
+    """Settings of a run whose results all go through Redis."""
+    return {"node_memory": False} if os.environ.get("CELERY_MEM_NODE_MEMORY") == "false" else {}
+
+
 class Deployment:
     """One namespace with all that works on it. The processes end when this does, or this process.
 
@@ -48,7 +53,7 @@ class Deployment:
         self._redis = PrivateRedis.place(folder)
         self._redis_args = redis_args
         self.url = self._redis.url
-        self.options = {"url": self.url, "namespace": "mem", **settings}
+        self.options = {"url": self.url, "namespace": "mem", **through_redis(), **settings}
         env = {k: v for k, v in os.environ.items() if not k.startswith(("CELERY", "REDIS"))}
         env["PYTHONPATH"] = str(ROOT)
         self.processes = Processes(folder, env, grace_s=0.5)

@@ -90,6 +90,14 @@ def fail(text: str = "as asked") -> None:
     raise ValueError(text)
 
 
+def node_of_task(_: Any = None) -> str:
+    """The name of the node that runs this."""
+    from celery_mem.graph import inside
+
+    assert inside.worker is not None
+    return inside.worker.node
+
+
 def count_call(gate: Gate, name: str) -> int:
     """How often this was called under `name`, this call included."""
     with redis.Redis.from_url(gate.url) as r:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import queue
+import re
 import threading
 import time
 import uuid
@@ -16,7 +17,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from celery_mem.client import current
+from celery_mem.client.control import DataControl
+from celery_mem.client.data import DataMethods
 from celery_mem.client.future import Future, text_of_future
+from celery_mem.client.placing import Placing
+from celery_mem.client.reading import Found
+from celery_mem.client.scattering import Scattering
 from celery_mem.client.session import Session
 from celery_mem.client.states import (
     CANCELLED,
@@ -41,12 +47,13 @@ from celery_mem.errors import (
 from celery_mem.graph import collections as lowering
 from celery_mem.graph import inside
 from celery_mem.graph.calls import encode_arrangement, encode_function, name_of, token_of
+from celery_mem.graph.constraints import Resources, Workers
 from celery_mem.graph.errors import decode_error
-from celery_mem.graph.keys import Key, key_of, text_of
+from celery_mem.graph.keys import Key, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
 from celery_mem.memory import blobs
-from celery_mem.memory.serialize import Frames, dumps, loads_inline
-from celery_mem.state.store import NewData, Tickets
+from celery_mem.memory.serialize import Frames, loads_inline
+from celery_mem.state.store import Tickets
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -57,14 +64,12 @@ log = logging.getLogger("celery_mem.client")
 
 SHARED_ARGUMENT = 100_000
 """Arguments of many calls that are larger, in bytes, are stored once."""
-CHUNK_DATA = 500
-CHUNK_BYTES = 4 << 20
-"""Most objects, and bytes, of scattered data that go in one call."""
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 Priority = int | float
 
 
-class Client:
+class Client(DataMethods):
     """A process's connection to a cluster: what it submits is held until its futures are gone.
 
     Args:
@@ -115,6 +120,8 @@ class Client:
         self._unique = f"{uuid.uuid4().hex[:12]}"
         self._numbers = itertools.count()
         self._token: Any = None
+        self.control = DataControl(self)
+        self.scattering = Scattering(self)
         if set_as_default:
             current.set_default(self)
         self._finalizer = weakref.finalize(
@@ -166,6 +173,9 @@ class Client:
         pure: bool = True,
         retries: int = 0,
         priority: Priority = 0,
+        workers: Workers = None,
+        allow_other_workers: bool | None = None,
+        resources: Resources = None,
         **kwargs: Any,
     ) -> Future:
         """Run `func(*args, **kwargs)` on the cluster.
@@ -180,6 +190,11 @@ class Client:
             pure: equal calls share one key and run once. False gives a new key.
             retries: how often to run again after an exception, without delay.
             priority: higher runs first, before the order of submission.
+            workers: names of nodes, or of hosts for all nodes there, that alone may run it. A name that
+                does not exist is no mistake: the task waits for such a worker, and `celery-mem status`
+                says so.
+            allow_other_workers: the workers are tried first, and others may run it when these are busy.
+            resources: what it takes of its node while it runs, by name, such as `{"GPU": 1}`.
         Raises:
             SerializationError: the function or an argument cannot be pickled.
             FutureCancelledError: an argument was cancelled.
@@ -191,14 +206,15 @@ class Client:
             raise TypeError(f"submit wants a function and its arguments, not {func!r}")
         function = encode_function(func)
         if key is None:
-            token = token_of(function, args, kwargs, self._text_of) if pure else self._fresh_token()
+            token = token_of(function, args, kwargs, self._text_of) if pure else self.fresh_token()
             key = f"{function.name}-{token}"
         text = text_of(key)
-        with Submission(self, priority=priority, retries=retries) as submission:
+        placing = Placing(workers, allow_other_workers, resources)
+        with Submission(self, priority=priority, retries=retries, placing=placing) as submission:
             state, new = submission.refer(text)
             if new:
                 submission.add_call(text, func, function, args, kwargs)
-        return self._future(key, state)
+        return self.future_of(key, state)
 
     def map(
         self,
@@ -209,6 +225,9 @@ class Client:
         retries: int = 0,
         priority: Priority = 0,
         batch_size: int | None = None,
+        workers: Workers = None,
+        allow_other_workers: bool | None = None,
+        resources: Resources = None,
         **kwargs: Any,
     ) -> list[Future]:
         """Run `func` on the items of the iterables, side by side, as the builtin `map` does.
@@ -216,6 +235,7 @@ class Client:
         Args:
             key: a prefix for the keys, or one key per call.
             batch_size: ignored; tasks always go to Redis in chunks.
+            workers, allow_other_workers, resources: of each task, as in `submit`.
             kwargs: given to every call; large ones are stored once.
         Raises:
             TypeError: an argument is an iterator or a queue, whose end nobody knows.
@@ -230,6 +250,7 @@ class Client:
         calls = list(zip(*iterables, strict=False))
         if not calls:
             return []
+        placing = Placing(workers, allow_other_workers, resources)
         function = encode_function(func)
         kwargs = {name: self._shared(value) for name, value in kwargs.items()}
         prefix = key if isinstance(key, str) else function.name
@@ -241,15 +262,15 @@ class Client:
         elif pure:
             keys = [f"{prefix}-{token_of(function, args, kwargs, self._text_of)}" for args in calls]
         else:
-            keys = [f"{prefix}-{self._fresh_token()}" for _ in calls]
+            keys = [f"{prefix}-{self.fresh_token()}" for _ in calls]
         futures = []
-        with Submission(self, priority=priority, retries=retries) as submission:
+        with Submission(self, priority=priority, retries=retries, placing=placing) as submission:
             for args, k in zip(calls, keys, strict=True):
                 text = text_of(k)
                 state, new = submission.refer(text)
                 if new:
                     submission.add_call(text, func, function, args, kwargs)
-                futures.append(self._future(k, state))
+                futures.append(self.future_of(k, state))
         return futures
 
     def _shared(self, value: Any) -> Any:
@@ -269,6 +290,9 @@ class Client:
         traverse: bool = True,
         retries: int = 0,
         priority: Priority = 0,
+        workers: Any = None,
+        allow_other_workers: bool | None = None,
+        resources: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Start computing Dask collections; one future for each.
@@ -279,6 +303,10 @@ class Client:
             sync: wait, and return results instead of futures.
             optimize_graph: let Dask optimize first.
             traverse: look for collections inside containers.
+            workers, resources: of all tasks, as in `submit`; or a dict of that for some collections or keys,
+                which counts for their results only. What `dask.annotate` says of a task goes before, where
+                Dask's optimizer keeps it.
+            allow_other_workers: as in `submit`.
         Returns:
             a future for one collection, a list for several.
         """
@@ -289,27 +317,33 @@ class Client:
         unpacked = [lowering.unpack([x], traverse and not isinstance(x, Iterator)) for x in items]
         members = list(itertools.chain.from_iterable(found for found, _ in unpacked))
         lowered = lowering.lower(members, finalize=True, optimize_graph=optimize_graph)
-        futures = iter(self._submit_lowered(lowered, lowered.final_keys, retries, priority))
+        placing = Placing(workers, allow_other_workers, resources, members=members, lowered=lowered)
+        futures = iter(self._submit_lowered(lowered, lowered.final_keys, retries, priority, placing))
         out = []
         for x, (found, repack) in zip(items, unpacked, strict=True):
             mine = list(itertools.islice(futures, len(found)))
             if mine and not lowering.is_dask_collection(x):
-                out.append(self._arranged(x, repack, mine, priority))
+                out.append(self._arranged(x, repack, mine, priority, placing))
             else:
                 out.append(mine[0] if mine else x)
         answer = out[0] if single else out
         return self.gather(answer) if sync else answer
 
     def _arranged(
-        self, x: Any, repack: Callable[[list[Any]], tuple[Any, ...]], parts: list[Future], priority: Priority
+        self,
+        x: Any,
+        repack: Callable[[list[Any]], tuple[Any, ...]],
+        parts: list[Future],
+        priority: Priority,
+        placing: Placing,
     ) -> Future:
         """Submit a task that puts the results of `parts` where the collections in `x` are."""
-        key = f"{name_of(type(x))}-{self._fresh_token()}"
+        key = f"{name_of(type(x))}-{self.fresh_token()}"
         payload = encode_arrangement(lambda places: repack(places)[0], [text_of(f.key) for f in parts])
-        with Submission(self, priority=priority) as submission:
+        with Submission(self, priority=priority, placing=placing) as submission:
             state, _ = submission.refer(key)
             submission.add(key, encode_function(lowering.identity), payload)
-        return self._future(key, state)
+        return self.future_of(key, state)
 
     def persist(
         self,
@@ -318,10 +352,16 @@ class Client:
         optimize_graph: bool = True,
         retries: int = 0,
         priority: Priority = 0,
+        workers: Any = None,
+        allow_other_workers: bool | None = None,
+        resources: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Start computing Dask collections and keep their parts on the cluster.
 
+        Args:
+            collections: a collection, or a list, tuple or set of them; further ones may follow.
+            workers, allow_other_workers, resources: as in `compute`.
         Returns:
             collections like the ones given, whose graphs hold one future per part and nothing else: the data
             stays for as long as they, or what is derived from them, live.
@@ -336,7 +376,10 @@ class Client:
                 raise AssertionError(f"persist wants Dask collections, not {type(x).__qualname__}")
         lowered = lowering.lower(items, finalize=False, optimize_graph=optimize_graph)
         flat = list(dict.fromkeys(itertools.chain.from_iterable(lowered.outputs)))
-        futures = dict(zip(flat, self._submit_lowered(lowered, flat, retries, priority), strict=True))
+        placing = Placing(workers, allow_other_workers, resources, members=items, lowered=lowered)
+        futures = dict(
+            zip(flat, self._submit_lowered(lowered, flat, retries, priority, placing), strict=True)
+        )
         out = [
             lowering.rebuild_persisted(x, {k: futures[k] for k in keys})
             for x, keys in zip(lowered.optimized, lowered.outputs, strict=True)
@@ -351,6 +394,9 @@ class Client:
         sync: bool = True,
         retries: int = 0,
         priority: Priority = 0,
+        workers: Any = None,
+        allow_other_workers: bool | None = None,
+        resources: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Compute keys of a raw Dask graph; what Dask calls for `x.compute()`.
@@ -360,6 +406,7 @@ class Client:
             keys: a key, or lists of keys, nested to any depth. As everywhere, a key that is held already, by
                 anybody, is not computed again.
             sync: wait and return results, and keep nothing; False returns futures.
+            workers, allow_other_workers, resources: as in `compute`; dicts name keys.
             kwargs: options meant for Dask's own schedulers, without effect.
         Returns:
             results (or futures) in the nesting of `keys`.
@@ -369,7 +416,10 @@ class Client:
         """
         lowered = lowering.lower_graph(dsk, keys, live=_LiveKeys(self._session))
         wanted = list(dict.fromkeys(lowered.outputs[0]))
-        futures = dict(zip(wanted, self._submit_lowered(lowered, wanted, retries, priority), strict=True))
+        placing = Placing(workers, allow_other_workers, resources, lowered=lowered)
+        found = self._submit_lowered(lowered, wanted, retries, priority, placing)
+        futures = dict(zip(wanted, found, strict=True))
+        del found
         if not sync:
             return lowering.nest(keys, futures)
         try:
@@ -381,78 +431,21 @@ class Client:
         return lowering.nest(keys, results)
 
     def _submit_lowered(
-        self, lowered: lowering.Lowered, outputs: Sequence[Key], retries: int, priority: Priority
+        self,
+        lowered: lowering.Lowered,
+        outputs: Sequence[Key],
+        retries: int,
+        priority: Priority,
+        placing: Placing,
     ) -> list[Future]:
-        submission = Submission(self, priority=priority, retries=retries, annotations=lowered.annotations)
+        submission = Submission(
+            self, priority=priority, retries=retries, placing=placing, annotations=lowered.annotations
+        )
         with submission:
             texts = submission.add_graph(lowered, outputs)
-        return [self._future(key, submission.states[text]) for key, text in zip(outputs, texts, strict=True)]
-
-    def scatter(self, data: Any, *, hash: bool = True, as_one: bool = False) -> Any:  # noqa: A002 (its known name)
-        """Put data on the cluster; it is pinned as long as its futures live, and lost if Redis loses it.
-
-        Args:
-            data: a list, tuple or set gives the same of futures, a dict one with futures for values, under
-                its own keys; anything else is one object. Data of a key that exists is not replaced.
-            hash: equal objects share a key; False gives each a new one.
-            as_one: take a container as one object, too.
-        Raises:
-            SerializationError: an object cannot be pickled.
-            StoreFullError: Redis is full.
-        """
-        kind = type(data)
-        if not as_one and kind is dict:
-            return self._scatter(data)
-        is_named = isinstance(data, tuple) and hasattr(data, "_fields")
-        if not as_one and (kind in (list, tuple, set, frozenset) or is_named):
-            keys = [self._data_key(x, hash) for x in data]
-            futures = self._scatter(dict(zip(keys, data, strict=True)))
-            return kind(*map(futures.get, keys)) if is_named else kind(map(futures.get, keys))
-        key = self._data_key(data, hash)
-        return self._scatter({key: data})[key]
-
-    def _data_key(self, x: Any, by_hash: bool) -> str:
-        from dask.tokenize import tokenize
-
-        return f"{name_of(type(x))}-{tokenize(x) if by_hash else self._fresh_token()}"
-
-    def _scatter(self, items: Mapping[Any, Any]) -> dict[Any, Future]:
-        session = self._session
-        out: dict[Any, Future] = {}
-        new: list[KeyState] = []
-        chunk: list[NewData] = []
-        # As with a submission: nobody else may refer to these keys before they are there.
-        with session.order:
-            session.check_open()
-            epoch = session.next_epoch()
-            try:
-                for key, value in items.items():
-                    text = text_of(key)
-                    state, is_new = session.refer(text, epoch)
-                    out[key] = self._future(key, state)
-                    if is_new:
-                        new.append(state)
-                        chunk.append(self._new_data(text, value))
-                    if len(chunk) >= CHUNK_DATA or sum(len(d.data) for d in chunk) > CHUNK_BYTES:
-                        session.put(chunk, epoch)
-                        chunk = []
-                if chunk:
-                    session.put(chunk, epoch)
-            except BaseException:
-                session.forget(new, "its call failed")
-                session.releases.owe(s.text for s in new)
-                raise
-        return out
-
-    def _new_data(self, text: str, value: Any) -> NewData:
-        """Pickle an object; one that is large is written at once."""
-        frames = dumps(value, f"data {key_of(text)!r}")
-        type_name = type(value).__qualname__
-        if frames.nbytes <= self.settings.inline_limit:
-            return NewData(text, frames.nbytes, type_name, "v", frames.inline(), frames.contains)
-        token = self.next_blob_token()
-        self.write_blob(token, text, frames)
-        return NewData(text, frames.nbytes, type_name, "b", token, frames.contains)
+        return [
+            self.future_of(key, submission.states[text]) for key, text in zip(outputs, texts, strict=True)
+        ]
 
     def write_blob(self, token: str, text: str, frames: Frames) -> str:
         """Store a large object ahead of the call that refers to it; returns its name in Redis."""
@@ -486,26 +479,31 @@ class Client:
             if future._client is not self:
                 text_of_future(future, self)  # raises the fitting error
         states = [f._bound()[1] for f in flat.values()]
-        self._wait(states, timeout, "gather", until_failure=errors == "raise")
+        self.wait_for(states, timeout, "gather", until_failure=errors == "raise")
         good = {}
         for (i, future), state in zip(flat.items(), states, strict=True):
             if state.status not in (ERROR, CANCELLED):
                 good[i] = state, future.key
             elif errors == "raise":
                 self._raise_failure(state, future.key)
-        return _arrange(futures, {i: self._value(state, key) for i, (state, key) in good.items()})
+        found = self._session.reading.look([s for s, _ in good.values() if s.data is None])
+        self._session.reading.announce(found)
+        return _arrange(
+            futures,
+            {i: self._value(state, key, timeout, found.get(state.text)) for i, (state, key) in good.items()},
+        )
 
     def result_of(self, state: KeyState, key: Key, timeout: float | None) -> Any:
         """Wait for one key and return its result."""
         if state.status not in FINAL:
-            self._wait([state], timeout, f"the result of {key!r}")
-        return self._value(state, key)
+            self.wait_for([state], timeout, f"the result of {key!r}")
+        return self._value(state, key, timeout)
 
     def error_of(
         self, state: KeyState, key: Key, timeout: float | None
     ) -> tuple[BaseException | None, TracebackType | None]:
         """Wait for one key and return its error and traceback, or None twice."""
-        self._wait([state], timeout, f"the outcome of {key!r}")
+        self.wait_for([state], timeout, f"the outcome of {key!r}")
         if state.status == CANCELLED:
             self.raise_cancelled(state, key)
         return self._decoded_error(state, key) if state.status == ERROR else (None, None)
@@ -514,9 +512,17 @@ class Client:
         """Raise the error of a cancelled future."""
         raise FutureCancelledError(key, state.reason)
 
-    def _wait(
+    def wait_for(
         self, states: Sequence[KeyState], timeout: float | None, what: str, *, until_failure: bool = False
     ) -> None:
+        """Wait until keys are final; for this package's own use.
+
+        Args:
+            what: how an error text calls it.
+            until_failure: also end with the first that failed or was cancelled.
+        Raises:
+            TimeoutError: they were not in time.
+        """
         session = self._session
         deadline = None if timeout is None else time.monotonic() + timeout
         session.flush()
@@ -541,20 +547,32 @@ class Client:
                     f"{what}: {countdown.left} of {len(states)} tasks not done after {timeout} s"
                 )
 
-    def _value(self, state: KeyState, key: Key) -> Any:
-        if state.status in (ERROR, CANCELLED):
-            self._raise_failure(state, key)
-        data, what = state.data, f"the result of {key!r}"
-        outer = current._context.set(self)  # futures in the result belong to this client
-        try:
-            if data is not None:
-                return loads_inline(data, what)
-            found, value = self._session.fetch(state.text, what)
-        finally:
-            current._context.reset(outer)
-        if not found:
-            raise DataLostError(key, "its data is not in Redis any more")
-        return value
+    def _value(
+        self, state: KeyState, key: Key, timeout: float | None = None, found: Found | None = None
+    ) -> Any:
+        """Return the result of a key that is final.
+
+        Args:
+            timeout: seconds to wait if it vanished and is being made again.
+            found: where it was, a moment ago.
+        """
+        what = f"the result of {key!r}"
+        while True:
+            if state.status in (ERROR, CANCELLED):
+                self._raise_failure(state, key)
+            data = state.data
+            outer = current._context.set(self)  # futures in the result belong to this client
+            try:
+                if data is not None:
+                    return loads_inline(data, what)
+                is_there, value = self._session.reading.read(state, found)
+            finally:
+                current._context.reset(outer)
+            if is_there:
+                return value
+            found = None
+            self._session.expect_again(state)
+            self.wait_for([state], timeout, what)
 
     def _raise_failure(self, state: KeyState, key: Key) -> NoReturn:
         if state.status == CANCELLED:
@@ -574,7 +592,7 @@ class Client:
         if inside.worker is None:
             await until_final(state, self._session.lock)
         else:  # where this is a task, its slot has to help, which needs a thread
-            await asyncio.to_thread(self._wait, [state], None, f"the result of {key!r}")
+            await asyncio.to_thread(self.wait_for, [state], None, f"the result of {key!r}")
         return await asyncio.to_thread(self._value, state, key)
 
     def _decoded_error(self, state: KeyState, key: Key) -> tuple[BaseException, TracebackType | None]:
@@ -635,7 +653,8 @@ class Client:
                     [state], "there is no task of this key: it was released before this client held it"
                 )
 
-    def _future(self, key: Key, state: KeyState) -> Future:
+    def future_of(self, key: Key, state: KeyState) -> Future:
+        """Return a future of a key that was just referred to; for this package's own use."""
         future = Future(key)
         future.attach(self, state)
         return future
@@ -669,12 +688,13 @@ class Client:
     def _text_of(self, future: Future) -> str:
         return text_of_future(future, self)
 
-    def _fresh_token(self) -> str:
+    def fresh_token(self) -> str:
+        """Return a text that this client never gives again."""
         return f"{self._unique}{next(self._numbers):08x}"
 
     def next_blob_token(self) -> str:
         """Return a name for a new blob of this client."""
-        return f"{self._session.id}.{next(self._numbers)}"
+        return f"{_UNSAFE.sub('_', self._session.id)}.{next(self._numbers)}"
 
     # --- the cluster ---
 
@@ -694,53 +714,15 @@ class Client:
         return self._session.closed
 
     def info(self) -> dict[str, Any]:
-        """Describe the cluster: Redis, nodes, queues, tasks by state, bytes, clients.
+        """Describe the cluster: Redis, nodes and their memory, queues, tasks by state, bytes, jobs, clients.
 
-        See `celery_mem.state.inspect.namespace_status` for the shape.
+        See `celery_mem.graph.overview.overview` for the shape.
         """
-        from celery_mem.state.inspect import namespace_status
+        from celery_mem.graph.overview import overview
 
         self._session.check_open()
         self._session.flush()
-        return namespace_status(self._session.store)
-
-    def who_has(self, futures: Any = None) -> dict[Key, list[str]]:
-        """Return where results are: for each key a list of places, empty while there is none.
-
-        Args:
-            futures: futures, collections or keys; None means all that this client holds.
-        """
-        texts = self._texts(futures)
-        states = self._session.task_fields(texts, "state")
-        return {
-            key_of(t): ["redis"] if s and s[0] == b"memory" else []
-            for t, s in zip(texts, states, strict=True)
-        }
-
-    def nbytes(self, keys: Any = None, summary: bool = True) -> dict[Any, int]:
-        """Return the stored size of results, bytes.
-
-        Args:
-            keys: futures, collections or keys; None means all that this client holds.
-            summary: add up what has the same prefix, such as the name of the function.
-        """
-        from dask.utils import key_split
-
-        texts = self._texts(keys)
-        out: dict[Any, int] = {}
-        for text, (size,) in zip(texts, self._session.task_fields(texts, "nbytes"), strict=True):
-            if size is not None:
-                key: Any = key_split(key_of(text)) if summary else key_of(text)
-                out[key] = out.get(key, 0) + int(size)
-        return out
-
-    def processing(self) -> dict[str, list[Key]]:
-        """Return the keys that each node is running now."""
-        return {node: [key_of(t) for t in texts] for node, texts in self._session.processing().items()}
-
-    def ncores(self) -> dict[str, int]:
-        """Return the number of slots of each node."""
-        return {name: node["slots"] for name, node in self.info()["nodes"].items()}
+        return overview(self._session.store)
 
     def wait_for_workers(self, n_workers: int = 1, timeout: float | None = None) -> None:
         """Wait until nodes have joined.
@@ -756,18 +738,8 @@ class Client:
                 self.cluster.check()
             time.sleep(0.05)
 
-    def _texts(self, futures: Any) -> list[str]:
-        if futures is None:
-            with self._session.lock:
-                return list(self._session.states)
-        if found := lowering.futures_of(futures):
-            return list(dict.fromkeys(text_of(f.key) for f in found))
-        if isinstance(futures, (list, set)):
-            return [text_of(key) for key in futures]
-        return [text_of(futures)]
-
     def _send_tickets(self, tickets: Tickets) -> None:
-        if not tickets.ids:
+        if not tickets:
             return
         with self._app_lock:
             if self._app is None:

@@ -15,8 +15,9 @@ from redis.exceptions import InvalidResponse, ResponseError
 
 from celery_mem.client.listener import Listener, apply_notice
 from celery_mem.client.outbox import Outbox
+from celery_mem.client.reading import Reading
 from celery_mem.client.releases import Releases
-from celery_mem.client.states import CANCELLED, ERROR, PENDING, KeyState
+from celery_mem.client.states import CANCELLED, ERROR, FINISHED, PENDING, KeyState
 from celery_mem.config import Settings, mask_url
 from celery_mem.errors import (
     CeleryMemError,
@@ -29,8 +30,6 @@ from celery_mem.errors import (
 )
 from celery_mem.graph.errors import encode_error
 from celery_mem.memory import blobs
-from celery_mem.memory.serialize import loads_inline
-from celery_mem.state.keys import TASK
 from celery_mem.state.link import Command, Link, make_pool
 from celery_mem.state.store import NewData, NewTask, Store, Tickets
 
@@ -75,6 +74,7 @@ class Session:
         self.closed = False
         self.releases = Releases(self)
         self.outbox = Outbox(self)
+        self.reading = Reading(self)
         self._why_closed = "this client is closed; make a new one"
         self._epoch = 0
         _sessions.add(self)
@@ -184,6 +184,20 @@ class Session:
                             self._finish(state)
                 raise
 
+    def expect_again(self, state: KeyState) -> None:
+        """Wait for a result from now on that was there and is not any more."""
+        with self.order:
+            self.check_open()
+            epoch = self.next_epoch()
+            with self.lock:
+                if state.status != FINISHED:
+                    return  # it is known already
+                # That it is there may still be under way to this client: notices so far do not count any
+                # more.
+                state.epoch, state.status, state.data = epoch, PENDING, None
+            if self.hold([state.text], epoch):
+                self.forget([state], "its task is gone")
+
     def flush_releases(self) -> None:
         """Release now what has no futures any more."""
         with self.order:
@@ -233,27 +247,6 @@ class Session:
             blobs.write(self.bulk, commands)
         except ResponseError as error:
             raise_for_reply(error, "write")
-
-    def fetch(self, text: str, what: str) -> tuple[bool, Any]:
-        """Read a result that no notice brought; returns whether it is there, and the object."""
-        self.check_open()
-        value, token = self.bulk.call("HMGET", self.store.keys.of("task", text), TASK["value"], TASK["blob"])
-        if value is not None:
-            return True, loads_inline(value, what)
-        found = None
-        if token is not None:
-            found = blobs.load(self.bulk, self.store.keys.blob(token.decode(), text), what)
-        return (False, None) if found is None else (True, found[0])
-
-    def task_fields(self, texts: Sequence[str], *names: str) -> list[list[bytes | None]]:
-        """Read fields of task records."""
-        self.check_open()
-        fields = [TASK[name] for name in names]
-        return (
-            self.bulk.batch([("HMGET", self.store.keys.of("task", t), *fields) for t in texts])
-            if texts
-            else []
-        )
 
     def processing(self) -> dict[str, list[str]]:
         """Read what each node is running."""
@@ -390,6 +383,7 @@ class Session:
         self._sign_off()
         for link in (self.store.link, self.bulk):
             link.abort()
+        self.reading.close()
         deadline = time.monotonic() + 5.0
         for thread in (self.listener, self._keeper):
             while (

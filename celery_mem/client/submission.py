@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from celery_mem.client.future import Future, text_of_future
 from celery_mem.client.outbox import SMALL_CALL, SMALL_CODE, Parcel, as_missing_key
+from celery_mem.client.placing import Placing
 from celery_mem.client.states import KeyState
 from celery_mem.errors import MissingKeyError, UnknownDependencyError, UnknownFunctionError
 from celery_mem.graph import collections as lowering
@@ -35,6 +36,7 @@ class Submission:
     Args:
         client: whose call it is.
         priority, retries: for all tasks, where annotations do not say otherwise.
+        placing: where they may run.
         annotations: name -> {key: value}, of Dask.
     """
 
@@ -44,6 +46,7 @@ class Submission:
         *,
         priority: float = 0,
         retries: int = 0,
+        placing: Placing | None = None,
         annotations: Mapping[str, Mapping[Key, Any]] | None = None,
     ) -> None:
         self.client = client
@@ -53,6 +56,7 @@ class Submission:
         self._inherited = inside.inherited_priority()
         self._priority = priority
         self._retries = retries
+        self._placing = placing or Placing()
         self._annotations = annotations or {}
         self._tasks: list[NewTask] = []
         self._functions: dict[str, Function] = {}
@@ -99,6 +103,7 @@ class Submission:
         if self._annotations and key is not None:
             priority = self._annotations.get("priority", {}).get(key, priority)
             retries = self._annotations.get("retries", {}).get(key, retries)
+        constraint, prefer = self._placing.of(key)
         order = min(len(self._tasks), LAST_ORDER)
         self._tasks.append(
             NewTask(
@@ -112,6 +117,8 @@ class Submission:
                 retries,
                 hold,
                 self._epoch,
+                constraint,
+                prefer,
             )
         )
 

@@ -18,6 +18,8 @@ from celery_mem.config import Settings, mask_url
 from celery_mem.errors import ConfigError
 from celery_mem.local.processes import LocalClusterError, Processes
 from celery_mem.local.redis import PrivateRedis, find_redis_server
+from celery_mem.memory.limits import memory_limit
+from celery_mem.memory.roots import SHARED_MEMORY, remove_dead_folders
 
 POOLS = ("prefork", "threads", "solo")
 REDIS_START_TIMEOUT_S = 20.0
@@ -89,13 +91,13 @@ class LocalCluster:
         folder = tempfile.mkdtemp(prefix="celery-mem-")
         try:
             redis = PrivateRedis.place(folder)
-            environ = _environment(redis.url, namespace, env)
+            environ = _environment(redis.url, namespace, env, self.n_workers)
             self._processes = Processes(folder, environ, grace_s=grace, to_stderr=not silence)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self.url = redis.url
-        self._finalizer = weakref.finalize(self, self._processes.close)
+        self._finalizer = weakref.finalize(self, _close, self._processes, environ)
         try:
             command = redis.command(server, redis_args)
             self._processes.start_and_wait("redis", command, redis.answers, REDIS_START_TIMEOUT_S)
@@ -191,7 +193,14 @@ def _default_workers(threads_per_worker: int) -> int:
     return max(1, processors // threads_per_worker)
 
 
-def _environment(url: str, namespace: str, extra: Mapping[str, str] | None) -> dict[str, str]:
+def _close(processes: Processes, environ: Mapping[str, str]) -> None:
+    processes.close()
+    # Those that had to be killed could not remove their results.
+    for root in {environ.get("CELERY_MEM_SHM_FOLDER") or SHARED_MEMORY, tempfile.gettempdir()}:
+        remove_dead_folders(root)
+
+
+def _environment(url: str, namespace: str, extra: Mapping[str, str] | None, n_workers: int) -> dict[str, str]:
     """Build the environment of the processes: this one's, without what would lead them elsewhere."""
     env = {
         name: value
@@ -202,6 +211,8 @@ def _environment(url: str, namespace: str, extra: Mapping[str, str] | None) -> d
     env = ONE_THREAD_EACH | env
     # What a function was imported from here must be found there.
     env["PYTHONPATH"] = os.pathsep.join(_own_import_paths())
+    # Workers on one machine share its memory.
+    env.setdefault("CELERY_MEM_MEMORY_LIMIT", str(memory_limit(0, n_workers)))
     env |= extra or {}
     return env | {"CELERY_MEM_URL": url, "CELERY_MEM_NAMESPACE": namespace}
 

@@ -8,7 +8,8 @@ from collections import OrderedDict, namedtuple
 import numpy as np
 import pytest
 
-from celery_mem.errors import SerializationError
+from celery_mem.errors import SerializationError, UnknownWorkerError
+from celery_mem.state.store import REDIS
 from tests.on_cluster import Box, add, identity, inc, server, task_keys, unbox, until
 
 Point = namedtuple("Point", "x y")
@@ -59,8 +60,8 @@ class TestScatter:
         assert one.key != other.key
         assert client.gather([one, other]) == [5, 5]
 
-    def test_large_data_is_stored_in_pieces(self, connect, cluster):
-        client = connect(piece_bytes=10_000)
+    def test_large_data_is_stored_in_pieces_where_it_goes_through_redis(self, connect, cluster):
+        client = connect(piece_bytes=10_000, node_memory=False)
         data = np.random.default_rng(0).random(50_000)
         future = client.scatter(data)
         with server(cluster) as r:
@@ -125,3 +126,78 @@ class TestScatter:
     def test_a_key_of_a_bad_type_is_refused(self, client):
         with pytest.raises(TypeError, match="key"):
             client.scatter({None: 1})
+
+
+LARGE = 50_000  # doubles
+
+
+def places(client, futures):
+    return [client.who_has(f)[f.key] for f in futures]
+
+
+@pytest.mark.node_memory
+class TestScatterIntoNodeMemory:
+    def test_large_data_goes_to_the_nodes_in_turns_and_not_through_redis(self, client, cluster, nodes):
+        futures = client.scatter([np.full(LARGE, i) for i in range(4)])
+        assert sorted(places(client, futures)) == [[nodes[0]], [nodes[0]], [nodes[1]], [nodes[1]]]
+        with server(cluster) as r:
+            assert r.keys("{mem}:b:*") == []
+        assert [x[-1] for x in client.gather(futures)] == [0, 1, 2, 3]
+
+    def test_single_objects_take_turns_too(self, client, nodes):
+        futures = [client.scatter(np.full(LARGE, i)) for i in range(4)]
+        assert len({tuple(p) for p in places(client, futures)}) == 2
+
+    def test_workers_say_who_is_to_have_it(self, client, nodes):
+        for node in nodes:
+            futures = client.scatter([np.full(LARGE, i) for i in range(3)], workers=[node], hash=False)
+            assert places(client, futures) == [[node]] * 3
+
+    def test_a_worker_that_is_not_there_is_refused_and_nothing_is_left(self, client, cluster):
+        with pytest.raises(UnknownWorkerError, match="there are: worker-0@"):
+            client.scatter(np.zeros(LARGE), workers="nobody@nowhere")
+        assert until(lambda: not task_keys(cluster))
+
+    def test_broadcast_makes_a_copy_on_every_node(self, client, nodes):
+        futures = client.scatter([np.full(LARGE, i) for i in range(2)], broadcast=True, timeout=60)
+        assert places(client, futures) == [nodes, nodes]
+
+    def test_broadcast_of_small_data_needs_no_copies(self, client):
+        assert client.scatter({"small": 5}, broadcast=True, timeout=60)["small"].result() == 5
+
+    @pytest.mark.parametrize("broadcast", [0, -1, "all"])
+    def test_broadcast_is_yes_or_a_number(self, client, broadcast):
+        with pytest.raises((TypeError, ValueError), match="broadcast"):
+            client.scatter(1, broadcast=broadcast)
+
+    def test_what_a_client_changes_afterwards_changes_nothing(self, client):
+        data = np.zeros(LARGE)
+        future = client.scatter(data)
+        data[:] = 1
+        assert future.result().sum() == 0
+
+    def test_what_was_read_may_be_written_into_and_outlives_its_future(self, client):
+        future = client.scatter(np.zeros(LARGE))
+        mine, other = future.result(), future.result()
+        mine[:] = 7
+        assert other.sum() == 0
+        assert client.submit(np.sum, future).result() == 0
+        del future
+        assert until(lambda: not client.has_what() or not any(client.has_what().values()))
+        assert mine.sum() == 7 * LARGE
+
+    def test_without_node_memory_it_goes_to_redis(self, connect):
+        client = connect(node_memory=False)
+        future = client.scatter(np.zeros(LARGE))
+        assert client.who_has(future) == {future.key: [REDIS]}
+        assert client.submit(np.sum, future).result() == 0
+
+    def test_large_objects_without_buffers_work_the_same(self, client, nodes):
+        data = {str(i): [i] * 10 for i in range(5_000)}
+        future = client.scatter({"numbers": data})["numbers"]
+        assert client.who_has(future)["numbers"][0] in nodes
+        assert future.result() == data
+
+    def test_thousands_of_objects(self, client):
+        futures = client.scatter([np.full(9_000, i) for i in range(300)])
+        assert [x[0] for x in client.gather(futures)] == list(range(300))

@@ -122,7 +122,7 @@ class TestKeys:
         future = client.submit(inc, 1, key=key)
         assert future.key == key
         assert future.result() == 2
-        assert client.who_has(future) == {key: ["redis"]}
+        assert client.who_has(future) == {key: ["@redis"]}
 
     @pytest.mark.parametrize("key", [b"bytes", None, 1j, ("x", None), [1], True, float("nan"), float("inf")])
     def test_a_key_of_a_bad_type_is_refused(self, client, key):

@@ -51,13 +51,13 @@ class TestWhoHas:
     def test_names_the_place_of_each_result(self, client, gate):
         done, pending = client.submit(inc, 1), client.submit(gate.pass_, 1)
         done.result()
-        places = {done.key: ["redis"], pending.key: []}
+        places = {done.key: ["@redis"], pending.key: []}
         assert client.who_has([done, pending]) == places
         assert client.who_has((done, pending)) == places
         assert client.who_has() == places
-        assert client.who_has(done) == {done.key: ["redis"]}
-        assert client.who_has(done.key) == {done.key: ["redis"]}
-        assert client.who_has([done.key]) == {done.key: ["redis"]}
+        assert client.who_has(done) == {done.key: ["@redis"]}
+        assert client.who_has(done.key) == {done.key: ["@redis"]}
+        assert client.who_has([done.key]) == {done.key: ["@redis"]}
         assert client.who_has("never-was") == {"never-was": []}
         assert client.who_has([]) == {}
         gate.open()
@@ -65,9 +65,9 @@ class TestWhoHas:
     def test_takes_collections_and_tuples_as_keys(self, client):
         x = client.persist(da.ones(4, chunks=2))
         wait(x)
-        assert sorted(client.who_has(x).values()) == [["redis"], ["redis"]]
+        assert sorted(client.who_has(x).values()) == [["@redis"], ["@redis"]]
         [key, _] = client.who_has(x)
-        assert client.who_has(key) == {key: ["redis"]}
+        assert client.who_has(key) == {key: ["@redis"]}
 
 
 class TestNbytes:

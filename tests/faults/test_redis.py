@@ -23,8 +23,9 @@ LEASES = {"client_lease": 2.0, "node_lease": 2.0, "leader_lease": 2.0, "ticket_l
 
 @pytest.fixture(scope="module")
 def small() -> Iterator[Deployment]:
-    """A Redis with a limit, a coordinator and a worker."""
-    with Deployment(("--maxmemory", "24mb", "--maxmemory-policy", "noeviction"), **LEASES) as it:
+    """A Redis with a limit, through which all results go, a coordinator and a worker."""
+    limit = ("--maxmemory", "24mb", "--maxmemory-policy", "noeviction")
+    with Deployment(limit, node_memory=False, **LEASES) as it:
         it.start_coordinator()
         it.start_worker("w0", slots=2)
         yield it

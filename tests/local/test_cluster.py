@@ -140,7 +140,7 @@ def test_the_processes_inherit_the_environment_but_no_other_celery(monkeypatch: 
     monkeypatch.setenv("CELERY_MEM_LINGER", "0.5")
     monkeypatch.setenv("MINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    env = cluster._environment("unix:///here", "ns", {"MINE": "2"})
+    env = cluster._environment("unix:///here", "ns", {"MINE": "2"}, 2)
     assert env["CELERY_MEM_URL"] == "unix:///here"
     assert env["CELERY_MEM_NAMESPACE"] == "ns"
     assert env["CELERY_MEM_LINGER"] == "0.5"
@@ -151,6 +151,6 @@ def test_the_processes_inherit_the_environment_but_no_other_celery(monkeypatch: 
 
 def test_workers_import_from_where_this_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    paths = cluster._environment("unix:///here", "ns", None)["PYTHONPATH"].split(os.pathsep)
+    paths = cluster._environment("unix:///here", "ns", None, 2)["PYTHONPATH"].split(os.pathsep)
     assert paths[0] == str(tmp_path)
     assert not any("site-packages" in path for path in paths)
