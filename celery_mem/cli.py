@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from celery_mem.config import Settings
     from celery_mem.local import LocalCluster
+    from celery_mem.memory.audit_files import FileViolation
     from celery_mem.state.audit import Violation
     from celery_mem.state.store import Store
 
@@ -172,18 +173,18 @@ def coordinator(url: str | None, namespace: str | None, loglevel: str) -> None:
 @click.option("--watch", is_flag=True, help="Show it again and again until Ctrl-C.")
 @click.option("--interval", type=click.FloatRange(min=0.1), default=2.0, show_default=True, metavar="SECONDS")
 def status(url: str | None, namespace: str | None, for_programs: bool, watch: bool, interval: float) -> None:
-    """Show nodes, queues, memory, clients, and tasks by state."""
-    from celery_mem.state.inspect import namespace_status
+    """Show nodes and their memory, queues, jobs, clients, and tasks by state."""
+    from celery_mem.graph.overview import overview
 
     store = look_at(url, namespace)
     if watch:
-        _watch(lambda: namespace_status(store), interval, for_programs)
+        _watch(lambda: overview(store), interval, for_programs)
     elif for_programs:
-        click.echo(_dump(namespace_status(store)))
+        click.echo(_dump(overview(store)))
     else:
         from celery_mem.cli_tables import show_on_terminal, status_tables
 
-        show_on_terminal(status_tables(namespace_status(store)))
+        show_on_terminal(status_tables(overview(store)))
 
 
 @mem.command()
@@ -191,7 +192,7 @@ def status(url: str | None, namespace: str | None, for_programs: bool, watch: bo
 @where
 @as_json
 def show(key: str, url: str | None, namespace: str | None, for_programs: bool) -> None:
-    """Show one task: its state, holders, dependencies and error.
+    """Show one task: its state, where its result is, holders, dependencies and error.
 
     KEY is the text of the key, as status and Flower print it: inc-1a2b, or ('x-3c4d', 0, 1).
     """
@@ -224,19 +225,26 @@ def show(key: str, url: str | None, namespace: str | None, for_programs: bool) -
     metavar="TIMES",
     help="A fault counts if so many readings find it; work that goes on looks inconsistent for a moment.",
 )
-def check(url: str | None, namespace: str | None, for_programs: bool, patience: int) -> None:
-    """Check every rule of the task graph; exit code 1 if one is broken."""
+@click.option("--fix", is_flag=True, help="First remove what dead workers left on this host.")
+def check(url: str | None, namespace: str | None, for_programs: bool, patience: int, fix: bool) -> None:
+    """Check every rule of the task graph and of the files on this host; exit code 1 if one is broken."""
+    from celery_mem.memory.audit_files import remove_what_is_dead
     from celery_mem.state.inspect import server_facts, server_warnings
 
     store = look_at(url, namespace)
+    removed = remove_what_is_dead(store.settings) if fix else []
     warnings = server_warnings(server_facts(store.link))
     violations = lasting_violations(store, patience)
     if for_programs:
         rows = [violation._asdict() for violation in violations]
-        click.echo(_dump({"ok": not violations, "violations": rows, "warnings": warnings}))
+        click.echo(
+            _dump({"ok": not violations, "violations": rows, "warnings": warnings, "removed": removed})
+        )
     else:
         for warning in warnings:
             click.echo(f"Warning: {warning}", err=True)
+        for path in removed:
+            click.echo(f"removed {path}, which a dead worker left")
         for violation in violations:
             click.echo(str(violation))
         summary = f"rules broken: {len(violations)}" if violations else "every rule holds"
@@ -245,17 +253,23 @@ def check(url: str | None, namespace: str | None, for_programs: bool, patience: 
         sys.exit(1)
 
 
-def lasting_violations(store: Store, patience: int, pause: float = 0.3) -> list[Violation]:
+def lasting_violations(
+    store: Store, patience: int, pause: float = 0.3
+) -> Sequence[Violation | FileViolation]:
     """Audit until a reading finds nothing, at most `patience` times; returns what all of them found."""
+    from celery_mem.memory.audit_files import audit_files
     from celery_mem.state.audit import audit
 
-    lasting = audit(store)
+    def look() -> list[Violation | FileViolation]:
+        return [*audit(store), *audit_files(store)]
+
+    lasting = look()
     for _ in range(patience - 1):
         if not lasting:
             break
         threading.Event().wait(pause)
         before = {(v.rule, v.key) for v in lasting}
-        lasting = [v for v in audit(store) if (v.rule, v.key) in before]
+        lasting = [v for v in look() if (v.rule, v.key) in before]
     return lasting
 
 

@@ -32,28 +32,64 @@ def status_tables(status: Mapping[str, Any]) -> RenderableType:
             "results": Text(_size(status["nbytes"])),
             "tasks": Text(_counts(status["tasks"]) or "none"),
             "queues": Text(_counts(status["queues"])),
+            "copies": Text(
+                f"more than one wanted of {status['copies']:,} results"
+                if status["copies"]
+                else "as they come"
+            ),
         }
     )
     nodes = _table("nodes", "node", "busy", "slots", "pool", "pid", "lease")
+    memory = _table(
+        "memory", "node", "results", "files", "unwritten", "spilled", "limit", "resources", "status"
+    )
     for name, node in sorted(status["nodes"].items()):
         cells = (name, node["busy"], node["slots"], node["pool"], node["pid"])
         nodes.add_row(*(Text(str(cell)) for cell in cells), _lease(node["lease"]))
+        memory.add_row(*_memory(name, node))
     clients = _table("clients", "client", "keys", "lease")
     for name, client in sorted(status["clients"].items()):
         clients.add_row(Text(name), Text(f"{client['keys']:,}"), _lease(client["lease"]))
-    return Lines(head, "", nodes, "", clients)
+    return Lines(head, "", nodes, "", memory, *_jobs(status), *_unrunnable(status), "", clients)
+
+
+def _memory(name: str, node: Mapping[str, Any]) -> list[Text]:
+    sizes = [_size(node["memory"].get(kind)) for kind in ("files", "live", "spilled")]
+    resources = ", ".join(f"{what} {amount:g}" for what, amount in sorted(node["resources"].items()))
+    limit = _size(node["limit"]) if node["limit"] else "none"
+    cells = [Text(cell) for cell in (name, f"{node['keys']:,}", *sizes, limit, resources or "none")]
+    return [*cells, Text("running") if node["status"] == "running" else _warning(node["status"])]
+
+
+def _jobs(status: Mapping[str, Any]) -> list[RenderableType]:
+    if not status["jobs"]:
+        return []
+    jobs = _table("jobs", "job", "kind", "done")
+    for name, job in status["jobs"].items():
+        jobs.add_row(Text(name), Text(job["kind"]), Text(f"{job['done']:,} of {job['total']:,}"))
+    return ["", jobs]
+
+
+def _unrunnable(status: Mapping[str, Any]) -> list[RenderableType]:
+    if not status["unrunnable"]:
+        return []
+    table = _table("tasks that no worker may run", "tasks", "waiting", "reason")
+    for row in status["unrunnable"]:
+        table.add_row(Text(f"{row['tasks']:,}"), Text(f"{row['waiting']:.0f} s"), _warning(row["reason"]))
+    return ["", table]
 
 
 def task_table(task: Mapping[str, Any]) -> RenderableType:
     """Lay out what `describe_task` returns."""
     result = None
     if task["nbytes"] is not None:
-        result = f"{task['type']}, {_size(task['nbytes'])}, {task['place']}"
+        result = f"{task['type']}, {_size(task['nbytes'])}"
     error = task["error"] or {"type": "", "message": "", "traceback": ""}
     rows = {
         "key": task["key"],
         "state": task["state"],
         "result": result,
+        "copies": _copies(task),
         "error": f"{error['type']}: {error['message']}" if task["error"] else None,
         "raised by": task["blame"] if task["blame"] != task["key"] else None,
         "traceback": error["traceback"].rstrip(),
@@ -71,6 +107,13 @@ def task_table(task: Mapping[str, Any]) -> RenderableType:
         "contains": "\n".join(task["contains"][:LISTED]),
     }
     return _fields({name: Text(str(value)) for name, value in rows.items() if value})
+
+
+def _copies(task: Mapping[str, Any]) -> str:
+    wanted = f"{task['copies']} wanted" if task["copies"] > 1 else ""
+    if task["copies_on"]:
+        wanted = f"{wanted or 'wanted'} on {', '.join(task['copies_on'])}"
+    return "\n".join(filter(None, (*task["places"], wanted)))
 
 
 def _fields(rows: Mapping[str, Text]) -> Table:

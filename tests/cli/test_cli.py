@@ -32,7 +32,19 @@ def test_status_tells_all_that_is_counted(story: Store, cli: Cli) -> None:
     assert found["redis"]["used_memory"] > 100_000
     (node,) = found["nodes"].values()
     assert 0 < node.pop("lease") <= story.settings.node_lease
-    assert node == {"slots": 2, "busy": 1, "pid": 77, "pool": "prefork", "hostname": "host"}
+    assert node == {
+        "slots": 2,
+        "busy": 1,
+        "pid": 77,
+        "pool": "prefork",
+        "hostname": "host",
+        "keys": 0,
+        "memory": {},
+        "limit": None,
+        "resources": {},
+        "status": "running",
+    }
+    assert (found["copies"], found["jobs"], found["unrunnable"]) == (0, {}, [])
     assert list(found["clients"]) == ["client-1"]
     assert found["clients"]["client-1"]["keys"] == 4
 
@@ -80,19 +92,22 @@ def test_show_tells_the_whole_record(story: Store, cli: Cli) -> None:
         "payload_nbytes": 7,
         "nbytes": None,
         "type": None,
-        "place": None,
         "blame": None,
         "error": None,
         "dependencies": {"x": "memory", "z": "processing"},
         "dependents": {},
         "holders": {"client-1": 1},
         "contains": [],
+        "places": [],
+        "copies": 1,
+        "copies_on": [],
     }
 
 
 def test_show_reads_well(story: Store, cli: Cli) -> None:
     x = cli("show", "x").stdout
-    assert "int, 28 B, inline" in x
+    assert "int, 28 B" in x
+    assert "@redis" in x
     assert "client-1" in x
     assert "y  (waiting)" in x
     bad = cli("show", "bad").stdout
@@ -118,7 +133,12 @@ def test_check_is_content_with_a_sound_namespace(story: Store, cli: Cli) -> None
     result = cli("check")
     assert result.output == f"namespace {story.keys.namespace}: every rule holds\n"
     assert result.exit_code == 0
-    assert json.loads(cli("check", "--json").stdout) == {"ok": True, "violations": [], "warnings": []}
+    assert json.loads(cli("check", "--json").stdout) == {
+        "ok": True,
+        "violations": [],
+        "warnings": [],
+        "removed": [],
+    }
 
 
 def test_check_names_what_is_broken_and_fails(story: Store, cli: Cli) -> None:
