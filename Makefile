@@ -1,9 +1,10 @@
 # Every target works from a fresh clone: it makes .venv, installs what it needs, and is quick the next time.
 #
-#   make demo     the main job on real data, under a minute after set-up
-#   make test     all checks and all tests, as CI runs them
-#   make check    format, lint, imports, types
-#   make bench    against dask.distributed, and Ray where it can be installed
+#   make demo         the main job on real data, under a minute after set-up
+#   make test         all checks and all tests, as CI runs them
+#   make test-redis   the tests of clusters once more, with all results in Redis
+#   make check        format, lint, imports, types
+#   make bench        against dask.distributed, and Ray where it can be installed
 #
 # PYTHON=python3.12 make ...   another interpreter (3.11 or newer) for .venv
 # TESTS="tests/local -x"       what pytest runs
@@ -17,7 +18,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.11 python3.13 py
             $(shell $(name) -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $(name))))
 TESTS ?= tests
 
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-redis check format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +29,9 @@ demo: $(VENV)/installed-demo
 
 test: check
 	$(PY) -m pytest $(TESTS)
+
+test-redis: $(VENV)/installed-dev
+	$(PY) -m pytest --through-redis tests/client tests/integration tests/worker tests/faults tests/local tests/hosts
 
 check: $(VENV)/installed-dev
 	$(PY) -m ruff format --check .
