@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, ClassVar
 
 N_WORKERS = 2  # processes of one thread each, for every contender
@@ -27,8 +27,6 @@ class Contender:
     """
 
     name: ClassVar[str]
-    shared_files: ClassVar[str] = ""  # glob of files in shared memory that no process need have mapped
-
     # Around what a workload times: a PeakMemory in a run that is for that, otherwise nothing.
     memory: AbstractContextManager[Any] = nullcontext()
 
@@ -36,6 +34,11 @@ class Contender:
     def missing(cls) -> str | None:
         """What is not installed and keeps this contender out of a run."""
         return None
+
+    @property
+    def shared_files(self) -> str:
+        """Globs, separated by colons, of files in shared memory that no process need have mapped."""
+        return ""
 
     def load(self) -> None:
         """Import what `start` needs, so that startup times a cluster and not an import."""
@@ -145,7 +148,6 @@ class CeleryMem(FuturesContender):
     """celery-mem with its own LocalCluster: a private Redis, two prefork workers, a coordinator."""
 
     name = "celery-mem"
-    shared_files = "/dev/shm/celery-mem*/**"
 
     def load(self) -> None:
         from celery_mem import Client, LocalCluster  # noqa: F401
@@ -176,17 +178,47 @@ class CeleryMem(FuturesContender):
         wait(references)
 
     def count_left(self) -> int:
-        info = self.client.info()
-        return sum(info["tasks"].values()) or node_memory_bytes(info)
+        # Not `client.info()`, which reads every record: here only their names count.
+        from celery_mem.state.keys import Keys
+
+        names = Keys(self.client.settings.namespace).of("task", "*")
+        n, cursor = 0, 0
+        while True:
+            cursor, page = self.redis.scan(cursor, match=names, count=100_000)
+            n += len(page)
+            if cursor == 0:
+                break
+        return n or sum(map(_results_in, self._folders()))
+
+    @property
+    def shared_files(self) -> str:
+        return ":".join(f"{folder}/**" for folder in self._folders())
+
+    def _folders(self) -> list[str]:
+        """The folders of this cluster's nodes in shared memory, and of no other's."""
+        from celery_mem.state.keys import NODE, Keys
+
+        keys = Keys(self.client.settings.namespace)
+        nodes = self.redis.zrange(keys.fixed("nodes"), 0, -1)
+        told = [self.redis.hget(keys.of("node", node.decode()), NODE["dir"]) for node in nodes]
+        return [path.decode() for path in told if path]
 
     def redis_used_memory(self) -> int:
         memory = self.redis.info("memory")
         return int(memory["used_memory"]) - int(memory.get("mem_clients_normal", 0))
 
 
-def node_memory_bytes(info: dict[str, Any]) -> int:
-    """Bytes of results in the memory of nodes, as `Client.info()` tells; 0 where nodes tell nothing."""
-    return sum(node.get("nbytes", 0) for node in info["nodes"].values())
+def _results_in(folder: str) -> int:
+    """Results in a node's files, on its disk, and bytes of those that their makers have not written yet."""
+    from celery_mem.memory.asking import NobodyThere, ask, listeners
+    from celery_mem.memory.roots import AGENT_SOCKET
+
+    n = sum(len(os.listdir(f"{folder}/{part}")) for part in ("files", "spilled"))
+    for name in () if n else listeners(folder):
+        if name != AGENT_SOCKET:
+            with suppress(NobodyThere):
+                n += int(ask(folder, name, "live", timeout=10))
+    return n
 
 
 class Distributed(FuturesContender):

@@ -78,8 +78,9 @@ def _shares(pid: int) -> tuple[int, int]:
 
 
 def _bytes_in(pattern: str) -> int:
+    """Bytes of the files that any of some patterns, separated by colons, means."""
     total = 0
-    for path in glob.iglob(pattern, recursive=True) if pattern else ():
+    for path in (p for part in pattern.split(":") if part for p in glob.iglob(part, recursive=True)):
         try:
             total += os.lstat(path).st_blocks * 512
         except OSError:
