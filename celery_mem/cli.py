@@ -10,7 +10,7 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from celery_mem.config import Settings
     from celery_mem.local import LocalCluster
-    from celery_mem.memory.audit_files import FileViolation
     from celery_mem.state.audit import Violation
     from celery_mem.state.store import Store
 
@@ -228,11 +227,11 @@ def show(key: str, url: str | None, namespace: str | None, for_programs: bool) -
 @click.option("--fix", is_flag=True, help="First remove what dead workers left on this host.")
 def check(url: str | None, namespace: str | None, for_programs: bool, patience: int, fix: bool) -> None:
     """Check every rule of the task graph and of the files on this host; exit code 1 if one is broken."""
-    from celery_mem.memory.audit_files import remove_what_is_dead
+    from celery_mem.memory.roots import remove_all_dead
     from celery_mem.state.inspect import server_facts, server_warnings
 
     store = look_at(url, namespace)
-    removed = remove_what_is_dead(store.settings) if fix else []
+    removed = remove_all_dead(store.settings.shm_folder) if fix else []
     warnings = server_warnings(server_facts(store.link))
     violations = lasting_violations(store, patience)
     if for_programs:
@@ -253,14 +252,12 @@ def check(url: str | None, namespace: str | None, for_programs: bool, patience: 
         sys.exit(1)
 
 
-def lasting_violations(
-    store: Store, patience: int, pause: float = 0.3
-) -> Sequence[Violation | FileViolation]:
+def lasting_violations(store: Store, patience: int, pause: float = 0.3) -> list[Violation]:
     """Audit until a reading finds nothing, at most `patience` times; returns what all of them found."""
     from celery_mem.memory.audit_files import audit_files
     from celery_mem.state.audit import audit
 
-    def look() -> list[Violation | FileViolation]:
+    def look() -> list[Violation]:
         return [*audit(store), *audit_files(store)]
 
     lasting = look()

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket")
-_WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
-
-
 PUBLISH = ("on_demand", "pinned", "always")
+_WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
 def _setting(

@@ -18,6 +18,7 @@ from celery_mem import Client
 from celery_mem.config import Settings
 from celery_mem.local.processes import Processes
 from celery_mem.local.redis import PrivateRedis, find_redis_server
+from celery_mem.memory.roots import remove_all_dead
 from celery_mem.state.audit import audit, read
 from celery_mem.state.store import Store
 
@@ -189,9 +190,10 @@ class Deployment:
     # --- life ---
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes; what those that were killed left in shared memory goes with them."""
         self.redis.close()
         self.processes.close()
+        remove_all_dead("")
 
     def __enter__(self) -> Self:
         return self

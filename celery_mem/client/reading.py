@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from celery_mem.client.states import KeyState
 from celery_mem.errors import DataLostError
 from celery_mem.graph.keys import key_of
-from celery_mem.memory.reader import Gone, Reader, Sources
+from celery_mem.memory.reader import Gone, Reader, Sources, find_sources
 from celery_mem.memory.serialize import loads, loads_inline
 from celery_mem.state.keys import TASK
-from celery_mem.state.store import Location, Store
+from celery_mem.state.store import Location
 
 if TYPE_CHECKING:
     from celery_mem.client.session import Session
@@ -64,7 +64,7 @@ class Reading:
         """Have results of this host that are about to be read written, where only their makers have them."""
         located = [f.location for f in found.values() if f.location and f.location.state == "memory"]
         if len(located) > 1:  # with one, it is as quick to ask for it
-            self._opened().announce(map(_sources, located))
+            self._opened().announce(map(Sources.at, located))
 
     def read(self, state: KeyState, found: Found | None = None) -> tuple[bool, Any]:
         """Return whether a result is there, and the result; if it is not, it is being made again.
@@ -94,7 +94,7 @@ class Reading:
         """Return the object, in a tuple, if a copy is where Redis says; report those that are not."""
         result = None
         try:
-            copy = self._opened().read(text, _sources(location))
+            copy = self._opened().read(text, Sources.at(location))
             token, lost = location.token, copy.lost
             result = (loads(copy.head, copy.buffers, what),)
         except Gone as gone:
@@ -108,7 +108,10 @@ class Reading:
             if self._reader is None:
                 store = self._session.store.twin()
                 self._reader = Reader(
-                    self._session.bulk, store.keys, locate=lambda key: _locate(store, key), mail=store.mail
+                    self._session.bulk,
+                    store.keys,
+                    locate=lambda key: find_sources(store, key),
+                    mail=store.mail,
                 )
             return self._reader
 
@@ -117,12 +120,3 @@ class Reading:
         with self._lock:
             if self._reader is not None:
                 self._reader.close()
-
-
-def _locate(store: Store, text: str) -> Sources | None:
-    (location,) = store.locate([text])
-    return None if location is None else _sources(location)
-
-
-def _sources(location: Location) -> Sources:
-    return Sources(location.token, location.owner, location.nbytes, location.places)

@@ -16,6 +16,7 @@ from celery_mem.graph.constraints import Workers, select
 from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.memory.files import NodeFolder, NoSpace
 from celery_mem.memory.serialize import Frames, dumps
+from celery_mem.state.letters import save_copy
 from celery_mem.state.store import REDIS, NewData
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Scattering:
         store = self._client.session.store
         for found in store.locate(texts):
             if found is not None and found.places and REDIS not in found.places:
-                store.mail(found.places[0], f"s {found.token} {found.key}")
+                store.mail(found.places[0], save_copy(found.token, found.key))
 
     def _inline(self, text: str, value: Any, frames: Frames) -> NewData | None:
         if frames.nbytes > self._client.settings.inline_limit:

@@ -30,8 +30,15 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_mem.coordinator")
 
 DUTIES: tuple[type[Duty], ...] = (
-    *(Freeing, ClientLeases, NodeLeases, TicketCalls),
-    *(Copies, Jobs, Surplus, Unrunnable, NodeQueues),
+    Freeing,
+    ClientLeases,
+    NodeLeases,
+    TicketCalls,
+    Copies,
+    Jobs,
+    Surplus,
+    Unrunnable,
+    NodeQueues,
 )
 RETRY_S = 1.0
 """How long one call waits for a Redis that is away; then the loop looks whether it is to stop."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from celery_mem.coordinator.plans import Copy
+from celery_mem.state.letters import fetch_copy, save_copy
 from celery_mem.state.store import REDIS, Location, Store
 
 PATIENCE_S = 5.0
@@ -74,11 +75,6 @@ class Errands:
 def _message(copy: Copy, places: Collection[str]) -> tuple[str | None, str]:
     """Return who is to be asked, and what."""
     if copy.target != REDIS:
-        return copy.target, fetch(copy.token, copy.nbytes, copy.key)
+        return copy.target, fetch_copy(copy.token, copy.nbytes, copy.key)
     source = next((place for place in places if place != REDIS), None)
-    return source, f"s {copy.token} {copy.key}"
-
-
-def fetch(token: str, nbytes: int, key: str) -> str:
-    """Return the message that makes a node fetch a copy."""
-    return f"f {token} {nbytes} {key}"
+    return source, save_copy(copy.token, copy.key)

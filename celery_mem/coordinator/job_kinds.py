@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from celery_mem.coordinator.errands import Errands, fetch, seconds_for
+from celery_mem.coordinator.errands import Errands, seconds_for
 from celery_mem.coordinator.outside import Outside
 from celery_mem.coordinator.plans import (
     Move,
@@ -18,7 +18,8 @@ from celery_mem.coordinator.plans import (
     plan_trim,
 )
 from celery_mem.coordinator.shedding import shed, source_of
-from celery_mem.state.keys import ACTIVE
+from celery_mem.state.keys import ACTIVE, LEAVING
+from celery_mem.state.letters import fetch_copy
 from celery_mem.state.store import Location, Store
 
 MOVES_AT_ONCE = 200
@@ -100,7 +101,7 @@ class Moves(JobKind):
                     if tries == TRIES:
                         job.setdefault("given_up", []).append(move.key)
                         continue
-                    mail.setdefault(move.target, []).append(fetch(move.token, move.nbytes, move.key))
+                    mail.setdefault(move.target, []).append(fetch_copy(move.token, move.nbytes, move.key))
                     asked_ms, tries = now_ms, tries + 1  # noqa: PLW2901 (what is noted is what was done)
                 left.append([*move, asked_ms, tries])
         shed(self.store, drops)
@@ -162,7 +163,7 @@ class Retire(JobKind):
         infos = self.store.node_infos()
         leaving = [node for node in job["nodes"] if node in infos]
         for node in leaving:
-            if infos[node].get("status") not in ("retiring", "stopping"):
+            if infos[node].get("status") not in LEAVING:
                 self.store.heartbeat(node, status="retiring")
                 infos[node]["status"] = "retiring"
         located = {r.key: r for r in self.located(k for node in leaving for k in self.store.on_node(node))}

@@ -10,6 +10,7 @@ import bisect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from celery_mem.state.keys import LEAVING
 from celery_mem.state.store import REDIS, Location
 
 DEAD_BAND = 0.05
@@ -76,7 +77,7 @@ def _node_of(info: Mapping[str, Any], target: float) -> Node:
     held = sum(int(memory.get(part) or 0) for part in ("files", "live"))
     limit = int(memory.get("limit") or info.get("limit") or 0)
     status = info.get("status") or "running"
-    stays = status not in ("retiring", "stopping") and bool(info.get("dir"))
+    stays = status not in LEAVING and bool(info.get("dir"))
     return Node(
         nbytes=held + int(memory.get("spilled") or 0),
         stays=stays,

@@ -24,11 +24,11 @@ class Unrunnable(Duty):
         if not found or not timeout_s:
             return 0
         now_ms = self.store.now_ms if self.store.now_ms is not None else self.store.server_ms()
+        due = {name: count for name, (count, since) in found.items() if now_ms - since >= timeout_s * 1000}
+        infos = self.store.node_infos() if due else {}
         calls = 0
-        for constraint, (count, since_ms) in found.items():
-            if now_ms - since_ms < timeout_s * 1000:
-                continue
-            reason = why_nobody_may_run(constraint, self.store.node_infos()) or "no worker is there"
+        for constraint, count in due.items():
+            reason = why_nobody_may_run(constraint, infos) or "no worker is there"
             log.error("%d tasks err, as no worker may run them: %s", count, reason)
             error = encode_error(NoValidWorkerError(reason, timeout_s))
             left = 1

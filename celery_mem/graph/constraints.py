@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from celery_mem.errors import UnknownWorkerError
+from celery_mem.state.keys import LEAVING
 
 Workers = str | Collection[str] | None
 """One name, or several; None or none at all: any worker."""
@@ -152,7 +153,7 @@ def why_nobody_may_run(signature: str, nodes: Mapping[str, Mapping[str, Any]]) -
         needs = ", ".join(f"{name} {amount:g}" for name, amount in amounts.items())
         offers = "; ".join(f"{n}: {_offer(nodes[n].get('resources') or {})}" for n in sorted(named))
         return f"it needs {needs}, and {'the workers named have' if names else 'the workers have'} {offers}"
-    if all(nodes[n].get("status") in ("retiring", "stopping") for n in able):
+    if all(nodes[n].get("status") in LEAVING for n in able):
         return f"{', '.join(sorted(able))} {'is' if len(able) == 1 else 'are'} about to leave"
     return ""
 

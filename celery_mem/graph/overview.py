@@ -8,7 +8,7 @@ from celery_mem.graph.constraints import why_nobody_may_run
 from celery_mem.state.inspect import namespace_status
 from celery_mem.state.store import Store
 
-MEMORY = ("files", "live", "spilled", "pool", "process")
+MEMORY = ("files", "live", "spilled", "pool", "processes")
 
 
 def overview(store: Store) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from celery_mem.errors import ConfigError
 from celery_mem.local.processes import LocalClusterError, Processes
 from celery_mem.local.redis import PrivateRedis, find_redis_server
 from celery_mem.memory.limits import memory_limit
-from celery_mem.memory.roots import SHARED_MEMORY, remove_dead_folders
+from celery_mem.memory.roots import remove_all_dead
 
 POOLS = ("prefork", "threads", "solo")
 REDIS_START_TIMEOUT_S = 20.0
@@ -196,8 +196,7 @@ def _default_workers(threads_per_worker: int) -> int:
 def _close(processes: Processes, environ: Mapping[str, str]) -> None:
     processes.close()
     # Those that had to be killed could not remove their results.
-    for root in {environ.get("CELERY_MEM_SHM_FOLDER") or SHARED_MEMORY, tempfile.gettempdir()}:
-        remove_dead_folders(root)
+    remove_all_dead(environ.get("CELERY_MEM_SHM_FOLDER", ""))
 
 
 def _environment(url: str, namespace: str, extra: Mapping[str, str] | None, n_workers: int) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""Where results live: serialization and blobs in Redis. Knows only Redis."""
+"""Where results live: files of nodes, blobs in Redis, and the ways between them. Knows only Redis."""

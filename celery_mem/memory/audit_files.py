@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
-from celery_mem.config import Settings
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import is_alive
-from celery_mem.memory.roots import dead_folders, possible_roots, remove_dead_folders
+from celery_mem.memory.roots import dead_folders, possible_roots
+from celery_mem.state.audit import Violation
 from celery_mem.state.store import Location, Store
 
 RULES = {
@@ -28,21 +27,13 @@ YOUNG_S = 60.0
 _PAGE = 500
 
 
-class FileViolation(NamedTuple):
-    """One broken rule.
+class FileViolation(Violation):
+    """One broken rule of files; its key is the key text of a result, the token of a file or a path."""
 
-    Attributes:
-        rule: name in `RULES`.
-        key: key text of a result, token of a file, or path of a folder.
-        text: what was found.
-    """
-
-    rule: str
-    key: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.rule}: {self.key!r} {self.text} ({RULES[self.rule]})"
+    @property
+    def meaning(self) -> str:
+        """What the rule says."""
+        return RULES[self.rule]
 
 
 def audit_files(store: Store) -> list[FileViolation]:
@@ -65,14 +56,9 @@ def audit_files(store: Store) -> list[FileViolation]:
             FileViolation("file without key", token, f"is in {folder.path} and no record of {node} names it")
             for token in unknown_files(folder, {place.token for place in copies}, started)
         ]
-    for root in possible_roots(store.settings):
+    for root in possible_roots(store.settings.shm_folder):
         found += [FileViolation("dead folder", path, "is there still") for path in dead_folders(root)]
     return found
-
-
-def remove_what_is_dead(settings: Settings) -> list[str]:
-    """Remove the folders of dead workers on this host; returns their paths."""
-    return [path for root in possible_roots(settings) for path in remove_dead_folders(root)]
 
 
 def copies_on(store: Store, node: str) -> Iterator[list[Location]]:

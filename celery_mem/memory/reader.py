@@ -1,4 +1,4 @@
-"""Reads a result from the cheapest place that has it: this process, this host, Redis, another host."""
+"""Reads a result from the cheapest place that has it: the own node, this host, Redis, another host."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from celery_mem.errors import CeleryMemError
 from celery_mem.memory.asking import NobodyThere, ask, in_datagrams, socket_name, tell
 from celery_mem.memory.files import Incoming, NodeFolder, NoSpace
 from celery_mem.memory.publisher import HERE, NOT_HERE, finish
-from celery_mem.memory.serialize import Frames
 from celery_mem.memory.transit import receive, transit_name
-from celery_mem.state.keys import Keys
+from celery_mem.state.keys import NODE, Keys
+from celery_mem.state.letters import publish_copy
 from celery_mem.state.link import Link
+from celery_mem.state.store import REDIS, Location, Store
 
 log = logging.getLogger("celery_mem.memory")
 
-REDIS = "@redis"
-"""The place of a copy in Redis; all others are nodes."""
-_DIR = "dir"  # field of a node's hash: path of its folder
 _LOOK_AGAIN_S = 10.0
 _ASK_AGAIN_S = 5.0
 _WAIT_S = 1.0
@@ -51,6 +49,17 @@ class Sources(NamedTuple):
         """Read the lines of an `Input` of kind "r"."""
         token, owner, nbytes, *places = data.decode().split("\n")
         return cls(token, owner, int(nbytes), tuple(places))
+
+    @classmethod
+    def at(cls, location: Location) -> Sources:
+        """Take what a reader needs of a location."""
+        return cls(location.token, location.owner, location.nbytes, location.places)
+
+
+def find_sources(store: Store, key: str) -> Sources | None:
+    """Ask Redis where the copies of a result are now; None if it has none."""
+    (location,) = store.locate([key])
+    return None if location is None or not location.places else Sources.at(location)
 
 
 class Found(NamedTuple):
@@ -100,7 +109,6 @@ class Reader:
         mail: puts a message into a node's mailbox; returns False if the node is gone.
         node: name of the node this process belongs to; empty for a client.
         folder: that node's folder; what comes through Redis is kept there.
-        live: returns what this process made and has not written yet, by token.
         ask_timeout: seconds for which the maker of a result on this host may take to write it.
     """
 
@@ -113,7 +121,6 @@ class Reader:
         mail: Callable[[str, str], bool],
         node: str = "",
         folder: NodeFolder | None = None,
-        live: Callable[[str], Frames | None] | None = None,
         ask_timeout: float = 60.0,
     ) -> None:
         self.link = link
@@ -122,7 +129,6 @@ class Reader:
         self.mail = mail
         self.node = node
         self.folder = folder
-        self.live = live
         self.ask_timeout = ask_timeout
         self.folders = Folders(link, keys)
         self._links = _Links(link)
@@ -177,11 +183,7 @@ class Reader:
     # --- by cost --------------------------------------------------------------------------------------------
 
     def _here(self, token: str) -> Found | None:
-        """Look in this process and its node's folder, whatever Redis says: that costs no journey."""
-        frames = None if self.live is None else self.live(token)
-        if frames is not None:
-            # A copy for each reader: a task that writes into its input spoils nobody's.
-            return Found(frames.head, [bytearray(b) for b in frames.buffers], frames.nbytes)
+        """Look in the own node's folder, whatever Redis says: that costs no journey."""
         return None if self.folder is None else _in_folder(self.folder, token)
 
     def _by_cost(self, places: Sequence[str]) -> list[str]:
@@ -243,7 +245,7 @@ class Reader:
                 while True:
                     if time.monotonic() - asked_at > _ASK_AGAIN_S:  # its agent may have missed it
                         asked_at = time.monotonic()
-                        if not self.mail(node, f"p {token} {reply} {key}"):
+                        if not self.mail(node, publish_copy(token, reply, key)):
                             return None
                     word, name = _next_word(link, reply)
                     if word == NOT_HERE:
@@ -318,7 +320,7 @@ class Folders:
         folder, looked_at = self._known.get(node, (None, float("-inf")))
         if not refresh and (folder is not None or time.monotonic() - looked_at < _LOOK_AGAIN_S):
             return folder
-        path = self.link.call("HGET", self.keys.of("node", node), _DIR)
+        path = self.link.call("HGET", self.keys.of("node", node), NODE["dir"])
         if folder is None or path is None or folder.path != path.decode():
             folder = None if path is None else NodeFolder.open(path.decode())
         self._known[node] = (folder, time.monotonic())

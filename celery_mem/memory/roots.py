@@ -45,9 +45,13 @@ def choose_root(settings: Settings) -> str:
     return ""
 
 
-def possible_roots(settings: Settings) -> list[str]:
-    """Return all folders that `choose_root` may have returned on this host."""
-    return list(dict.fromkeys((settings.shm_folder or SHARED_MEMORY, tempfile.gettempdir())))
+def possible_roots(shm_folder: str) -> list[str]:
+    """Return all folders that `choose_root` may have returned on this host.
+
+    Args:
+        shm_folder: the setting of this name.
+    """
+    return list(dict.fromkeys((shm_folder or SHARED_MEMORY, tempfile.gettempdir())))
 
 
 def own_folder(root: str) -> str:
@@ -114,6 +118,11 @@ def remove_dead_folders(root: str) -> list[str]:
     with contextlib.suppress(OSError):  # others are in it, or it is not there
         os.rmdir(f"{root}/celery-mem-{os.geteuid()}")
     return removed + remove_dead_spills()
+
+
+def remove_all_dead(shm_folder: str) -> list[str]:
+    """Remove what dead workers left wherever it may be on this host; returns the paths."""
+    return [path for root in possible_roots(shm_folder) for path in remove_dead_folders(root)]
 
 
 def dead_folders(root: str) -> list[str]:

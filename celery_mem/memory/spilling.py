@@ -128,6 +128,7 @@ class DistantSpill:
     def __init__(self, url: str, local: str) -> None:
         self.url = url
         self.local = local
+        self._notes = LocalSpill(local)
         self._found: tuple[Any, str] | None = None
 
     def put(self, token: str, fd: int, nbytes: int) -> None:
@@ -174,18 +175,14 @@ class DistantSpill:
 
     def drop(self, token: str) -> int | None:
         size = self.size(token)
-        if size is None:
-            return None
-        try:
-            os.unlink(f"{self.local}/{token}")
-        except FileNotFoundError:
+        if self._notes.drop(token) is None:
             return None
         fs, folder = self._fs()
         fs.rm_file(f"{folder}/{token}")
         return size
 
     def tokens(self) -> Iterator[str]:
-        return LocalSpill(self.local).tokens()
+        return self._notes.tokens()
 
     def destroy(self) -> None:
         fs, folder = self._fs()

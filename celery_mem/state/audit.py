@@ -71,8 +71,13 @@ class Violation(NamedTuple):
     key: str
     text: str
 
+    @property
+    def meaning(self) -> str:
+        """What the rule says."""
+        return RULES[self.rule]
+
     def __str__(self) -> str:
-        return f"{self.rule}: {self.key!r} {self.text} ({RULES[self.rule]})"
+        return f"{self.rule}: {self.key!r} {self.text} ({self.meaning})"
 
 
 def audit(store: Store) -> list[Violation]:

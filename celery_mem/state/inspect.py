@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 
 from celery_mem.state.keys import META, NODE, REPLICAS, TASK
 from celery_mem.state.link import Link
-from celery_mem.state.store import Store
+from celery_mem.state.store import REDIS, Store
 
 _PAGE = 1_000
 """Keys per round trip."""
@@ -26,7 +26,8 @@ def namespace_status(store: Store) -> dict[str, Any]:
         namespace, generation, queue, leader (coordinator id or None), clock (server time, s), and
         - redis: version, used_memory, used_memory_human, maxmemory, maxmemory_policy
         - nodes: name -> slots, busy (slots that run a task), pid, pool, hostname, lease (s left)
-        - queues: ready, unsettled (left for the sweep), tickets (on their way), idle (slots that wait)
+        - queues: ready (that any node may take; `tasks` counts all), unsettled (left for the sweep), tickets
+          (on their way), idle (slots that wait)
         - tasks: state -> count
         - nbytes: size of all results in memory
         - clients: id -> keys (held), lease (s left)
@@ -110,7 +111,7 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
         "payload_nbytes": payload or None,
         "nbytes": _number(row["nbytes"]),
         "type": row["type"],
-        "places": ["@redis"] if value else (row["replicas"] or "").split("\n")[len(REPLICAS) :],
+        "places": [REDIS] if value else (row["replicas"] or "").split("\n")[len(REPLICAS) :],
         "copies": int(row["copies"] or 1),
         "copies_on": _lines(row["copies_on"]),
         "blame": blame,

@@ -119,6 +119,8 @@ NODE = {
 
 STATES = ("waiting", "ready", "processing", "memory", "erred", "released", "lost")
 ACTIVE = frozenset({"waiting", "ready", "processing"})
+LEAVING = frozenset({"retiring", "stopping"})
+"""What the status of a node is that takes no more tasks and will be gone."""
 
 
 class Keys:

@@ -478,9 +478,7 @@ class Store:
     def mail(self, node: str, *messages: str) -> bool:
         """Put messages into the mailbox of a node's agent; returns False, and does not, if it is not alive.
 
-        Messages: `d <token>` drop a copy; `p <token> <reply list> <key>` publish it as a transit copy and say
-        so on the reply list; `f <token> <nbytes> <key>` fetch it and become a replica; `s <token> <key>` save
-        it to Redis as a lasting copy.
+        `celery_mem.state.letters` writes the messages.
         """
         return bool(self._run("mail", node, *messages))
 

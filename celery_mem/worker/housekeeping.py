@@ -14,13 +14,13 @@ from celery_mem.memory.audit_files import YOUNG_S
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import is_alive
 from celery_mem.memory.publisher import Publisher, find_here
-from celery_mem.memory.reader import Found, Reader, Sources
+from celery_mem.memory.reader import Found, Reader, Sources, find_sources
 from celery_mem.memory.roots import AGENT_SOCKET
 from celery_mem.memory.serialize import Frames
 from celery_mem.state.store import Store
 from celery_mem.worker.keeper import MemoryKeeper
 from celery_mem.worker.mailbox import Mailbox
-from celery_mem.worker.memory import locate, save
+from celery_mem.worker.memory import save
 from celery_mem.worker.replicas import Replicas
 
 log = logging.getLogger("celery_mem.agent")
@@ -58,7 +58,7 @@ class Housekeeper:
         self._reader = Reader(
             self._moves.link,
             store.keys,
-            locate=lambda key: locate(self._moves, key),
+            locate=lambda key: find_sources(self._moves, key),
             mail=self._moves.mail,
             node=node,
             folder=folder,
@@ -167,7 +167,7 @@ class Housekeeper:
             self._save(*fields)
 
     def _fetch(self, token: str, key: str) -> None:
-        sources = locate(self._moves, key)
+        sources = find_sources(self._moves, key)
         if sources is None or sources.token != token:
             return  # freed, or made anew
         found = self._reader.read(key, sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from celery_mem.config import Settings
@@ -11,12 +11,12 @@ from celery_mem.errors import DataLostError
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
 from celery_mem.memory.files import MAP_LEAST
-from celery_mem.memory.reader import Gone, Reader, Sources
+from celery_mem.memory.reader import Gone, Reader, Sources, find_sources
 from celery_mem.memory.serialize import Frames, loads, loads_inline
 from celery_mem.state.store import Input, Store
 from celery_mem.worker.cache import Cached, ResultCache
 from celery_mem.worker.live import Copy
-from celery_mem.worker.memory import WRITE_TIMEOUT_S, ProcessMemory, locate
+from celery_mem.worker.memory import WRITE_TIMEOUT_S, ProcessMemory
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -96,7 +96,7 @@ class NodeInputs:
         self.reader = Reader(
             store.link,
             store.keys,
-            locate=lambda key: locate(store, key),
+            locate=lambda key: find_sources(store, key),
             mail=store.mail,
             node=memory.node,
             folder=memory.folder,
@@ -106,11 +106,16 @@ class NodeInputs:
         values: list[Any] = []
         lost: list[tuple[str, str, str]] = []
         is_complete = True
-        if len(given) > 1:
-            self._announce(given)
+        sources = {i.key: sources_of(i) for i in given if i.kind != "v"}
+        if len(sources) > 1:
+            self._announce(sources.values())
         for i in given:
+            what = f"input {i.key}"
             try:
-                values.append(self._read(i))
+                if i.kind == "v":
+                    values.append(loads_inline(i.data, what))
+                else:
+                    values.append(self._read(i.key, sources[i.key], what))
             except Gone as gone:  # go on: all that is missing is told at once
                 is_complete = False
                 lost += [(gone.key, gone.token, place) for place in gone.places]
@@ -124,24 +129,19 @@ class NodeInputs:
     def close(self) -> None:
         self.reader.close()
 
-    def _read(self, given: Input) -> Any:
-        what = f"input {given.key}"
-        if given.kind == "v":
-            return loads_inline(given.data, what)
-        sources = sources_of(given)
+    def _read(self, key: str, sources: Sources, what: str) -> Any:
         copy = self._copy_of(sources.token)
         if copy is not None:
             return loads(copy.head, copy.buffers, what)
-        found = self.reader.read(given.key, sources)
+        found = self.reader.read(key, sources)
         for place in found.lost:
-            self.store.lose(place, [(given.key, sources.token)])
-        if found.is_kept and self.store.gain(self.memory.node, [(given.key, sources.token)]):
+            self.store.lose(place, [(key, sources.token)])
+        if found.is_kept and self.store.gain(self.memory.node, [(key, sources.token)]):
             self.memory.folder.drop([sources.token])  # freed meanwhile; what we mapped stays
         return loads(found.head, found.buffers, what)
 
-    def _announce(self, given: Sequence[Input]) -> None:
+    def _announce(self, sources: Iterable[Sources]) -> None:
         """Have other processes write what is about to be read, while the first inputs are read already."""
-        sources = [Sources.parse(i.data) for i in given if i.kind == "r"]
         self.reader.announce(s for s in sources if self.memory.live.sizes(s.token) is None)
 
     def _copy_of(self, token: str) -> Copy | None:

@@ -165,9 +165,8 @@ class LiveResults:
         """A slot has nothing to run any more."""
         with self._changed:
             self._busy -= 1
-            self._idle_since = (
-                time.monotonic()
-            )  # the writer sees it by itself: to wake it takes time from tasks
+            # The writer sees it by itself: to wake it takes time from tasks.
+            self._idle_since = time.monotonic()
 
     # --- what others ask for ---
 

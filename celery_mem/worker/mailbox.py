@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from celery_mem.errors import CeleryMemError
+from celery_mem.state.letters import FIELDS
 from celery_mem.state.link import Link
 from celery_mem.state.store import Store
 
@@ -22,8 +23,6 @@ RETRY_S = 1.0
 
 Mover = Callable[[str, list[str]], None]
 """Does what a message says that moves data: `p`, `f` or `s` with its fields; the last one may hold spaces."""
-
-FIELDS = {"p": 3, "f": 3, "s": 2}
 
 
 class Mailbox:

@@ -14,7 +14,6 @@ from celery_mem.memory.asking import Listener, socket_name
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.limits import memory_limit
 from celery_mem.memory.process import own_identity
-from celery_mem.memory.reader import Sources
 from celery_mem.memory.serialize import Frames
 from celery_mem.state.keys import NODE
 from celery_mem.state.store import REDIS, Store
@@ -107,14 +106,6 @@ def save(store: Store, key: str, token: str, frames: Frames) -> bool:
         store.link.call("UNLINK", name)
         return False
     return True
-
-
-def locate(store: Store, key: str) -> Sources | None:
-    """Ask Redis where the copies of a result are now; None if it has none."""
-    (found,) = store.locate([key])
-    if found is None or not found.places:
-        return None
-    return Sources(found.token, found.owner, found.nbytes, found.places)
 
 
 def token_suffix(generation: str) -> str:

@@ -20,6 +20,7 @@ from celery_mem.errors import NamespaceResetError
 from celery_mem.graph.inside import Wait
 from celery_mem.memory.trimming import give_back
 from celery_mem.state.keys import TASK
+from celery_mem.state.letters import save_copy
 from celery_mem.state.link import Link
 from celery_mem.state.store import Done, Store, Taken, Tickets
 from celery_mem.worker.batch import Batch, Reports
@@ -171,19 +172,17 @@ class Slot:
         """Drop the copies of results that came too late; of the others Redis knows from now on."""
         known: list[str] = []
         unwanted: list[str] = []
-        saves: list[str] = []
         for done in reported:
             if done.kind == "n":
                 (unwanted if done.key in late else known).append(str(done.data))
-                if done.key not in late:
-                    saves.append(f"s {done.data!s} {done.key}")
             elif done.kind == "b" and done.key in late:
                 self.store.link.call("UNLINK", self.store.keys.blob(done.attempt, done.key))
         if self.memory is not None and (known or unwanted):
             self.memory.live.now_known(known)
             self.memory.drop(unwanted)
-        if saves and self.settings.publish == "always":
-            self.store.mail(self.node, *saves)
+        if known and self.settings.publish == "always":
+            made = [done for done in reported if done.kind == "n" and done.key not in late]
+            self.store.mail(self.node, *(save_copy(str(done.data), done.key) for done in made))
 
     def _new_pace(self) -> float | None:
         """Return how long a task takes here, if Redis was told something else."""
@@ -233,9 +232,8 @@ class Slot:
             batch.add(task, report.outcome, report.keep)
             self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
             nbytes = report.outcome.nbytes if isinstance(report.outcome, Done) else 0
-            self.bytes_per_task = max(
-                nbytes, 0.9 * self.bytes_per_task
-            )  # what reduces them has small results
+            # Slowly down: what reduces large results has small ones.
+            self.bytes_per_task = max(nbytes, 0.9 * self.bytes_per_task)
             del report  # and with it the result, which the batch keeps for as long as it must
             ran += 1
         return ran

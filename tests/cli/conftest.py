@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -28,12 +29,13 @@ def store(redis_url: str) -> Iterator[Store]:
 
 
 @pytest.fixture
-def cli(store: Store) -> Cli:
-    """Run a command on the namespace of `store`."""
+def cli(store: Store, tmp_path: Path) -> Cli:
+    """Run a command on the namespace of `store`, on a host whose shared memory is `tmp_path`."""
+    host = {"CELERY_MEM_SHM_FOLDER": str(tmp_path)}
 
     def run(command: str, *args: str, **options: Any) -> Result:
         address = ("-u", store.settings.url, "-n", store.settings.namespace)
-        result = CliRunner().invoke(mem, [command, *args, *address], **options)
+        result = CliRunner(env=host).invoke(mem, [command, *args, *address], **options)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

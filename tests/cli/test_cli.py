@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from celery_mem.cli import mem
+from celery_mem.memory.files import NodeFolder
 from celery_mem.state.store import NewTask, Store
 from tests.cli.conftest import Cli
 
@@ -149,6 +150,20 @@ def test_check_names_what_is_broken_and_fails(story: Store, cli: Cli) -> None:
     found = json.loads(cli("check", "--json", "--patience", "2").stdout)
     assert found["ok"] is False
     assert [(v["rule"], v["key"]) for v in found["violations"]] == [("waiting count", "y")]
+
+
+def test_check_names_what_a_dead_worker_left_and_removes_it_if_it_is_told_to(
+    story: Store, cli: Cli, tmp_path: Path
+) -> None:
+    left = NodeFolder.create(str(tmp_path), "test", "gone", "1-1")  # process 1 began at another time
+    found = cli("check")
+    assert found.exit_code == 1
+    assert f"dead folder: {left.path!r}" in found.output
+    assert os.path.exists(left.path)
+    fixed = cli("check", "--fix")
+    assert fixed.exit_code == 0
+    assert f"removed {left.path}" in fixed.output
+    assert not os.path.exists(left.path)
 
 
 def test_check_warns_of_a_redis_that_drops_records(store: Store, cli: Cli) -> None:

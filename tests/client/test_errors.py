@@ -8,6 +8,7 @@ import textwrap
 import threading
 import traceback
 
+import psutil
 import pytest
 
 from celery_mem.errors import (
@@ -170,11 +171,12 @@ class TestExceptions:
         [(sys.exit, (3,), r"SystemExit\(3\)"), (interrupt, (), "KeyboardInterrupt")],
     )
     def test_what_would_end_the_worker_is_an_error_of_the_task(self, client, task, args, name):
-        before = client.submit(os.getpid, pure=False).result()
+        worker = psutil.Process(client.submit(os.getpid, pure=False).result()).parent()
+        before = {child.pid for child in worker.children()}
         with pytest.raises(TaskExitError, match=name):
             client.submit(task, *args).result(timeout=20)
-        pids = client.gather([client.submit(os.getpid, pure=False) for _ in range(20)])
-        assert before in pids
+        assert client.submit(inc, 1).result(timeout=20) == 2
+        assert {child.pid for child in worker.children()} == before
 
     def test_raised_errors_pin_nothing(self, client):
         import gc

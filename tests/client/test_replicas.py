@@ -44,6 +44,15 @@ class TestLooking:
         assert not {f.key for f in futures} & set(found[nodes[1]])
         assert list(client.has_what(nodes[1])) == [nodes[1]]
 
+    def test_info_tells_what_takes_the_memory_of_each_node(self, client, nodes):
+        def told():
+            return [client.info()["nodes"][node]["memory"] for node in nodes]
+
+        # With its next heartbeat, where it has just begun.
+        assert until(lambda: all(told()))
+        assert all(set(m) == {"files", "live", "spilled", "pool", "processes"} for m in told())
+        assert all(m["processes"] > 0 for m in told())
+
     def test_small_results_are_in_redis(self, client):
         future = client.submit(inc, 1)
         future.result()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from celery_mem.memory.audit_files import FileViolation, audit_files, remove_what_is_dead
+from celery_mem.memory.audit_files import FileViolation, audit_files
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import own_identity
+from celery_mem.memory.roots import remove_all_dead
 from celery_mem.state.store import NewData, Store
 
 DEAD = "1-1"  # process 1 did not start at that time
@@ -58,6 +59,6 @@ def test_a_file_without_a_key_is_named_once_it_is_old(store):
 def test_what_a_dead_worker_left_is_named_and_removed(store, tmp_path):
     dead = NodeFolder.create(str(tmp_path), "test", "gone", DEAD)
     assert audit_files(store) == [FileViolation("dead folder", dead.path, "is there still")]
-    assert dead.path in remove_what_is_dead(store.settings)
+    assert dead.path in remove_all_dead(store.settings.shm_folder)
     assert audit_files(store) == []
     assert folder_of(store).has("token")

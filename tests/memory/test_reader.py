@@ -13,9 +13,10 @@ from celery_mem.memory.asking import Listener, socket_name
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import own_identity
 from celery_mem.memory.publisher import Publisher, find_here
-from celery_mem.memory.reader import REDIS, Found, Gone, Reader, Sources
+from celery_mem.memory.reader import Found, Gone, Reader, Sources
 from celery_mem.memory.serialize import dumps, loads
 from celery_mem.memory.transit import publish, transit_name
+from celery_mem.state.store import REDIS
 
 HERE, THERE = "celery@here", "celery@there"
 KEY = "a key with spaces"
@@ -134,14 +135,9 @@ def test_the_lines_of_an_input_are_parsed():
 
 
 class TestThisHost:
-    def test_a_live_result_is_copied(self, world):
-        r = world.reader(live=lambda token: FRAMES if token == "1" else None)
-        for _ in range(2):
-            check(r.read(KEY, world.says(HERE)))
-
-    def test_the_own_nodes_file_comes_next(self, world):
+    def test_the_own_nodes_file_comes_first(self, world):
         write(world.node(HERE))
-        found = check(world.reader(HERE, live=lambda token: None).read(KEY, world.says(THERE, HERE)))
+        found = check(world.reader(HERE).read(KEY, world.says(THERE, HERE)))
         assert (found.is_kept, found.lost) == (False, ())
 
     def test_a_client_maps_what_any_node_of_the_host_has(self, world):

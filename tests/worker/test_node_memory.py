@@ -280,10 +280,8 @@ def test_a_task_that_writes_into_its_input_spoils_nobodys(space: Space) -> None:
     assert space.client.gather(from_memory + from_file) == [2 * N] * 6
 
 
-def test_a_result_from_a_host_that_cannot_be_reached_becomes_a_copy_here(
-    space: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two = space.node("one"), space.node("two")
+def read_from_afar(space: Space, one: Node, two: Node) -> Any:
+    """Make a result on one node and read it on another as if from another host; returns its future."""
     made = space.submit(make, 3)
     space.slot(one).run_ticket("1")
     wait_until(lambda: written(one), "it to be written")
@@ -294,24 +292,19 @@ def test_a_result_from_a_host_that_cannot_be_reached_becomes_a_copy_here(
     seen = space.submit(total, made, key="seen")
     take_and_run(space, slot, "seen")
     assert seen.result(timeout=10) == 3 * N
+    return made
+
+
+def test_a_result_from_a_host_that_cannot_be_reached_becomes_a_copy_here(space: Space) -> None:
+    one, two = space.node("one"), space.node("two")
+    made = read_from_afar(space, one, two)
     assert sorted(where(space, made).places) == ["one", "two"]
     assert list(two.folder.tokens()) == [where(space, made).token]
     assert blobs_of(space) == []  # what was on its way is gone
 
 
-def test_what_another_host_asked_for_once_stays_in_redis_if_it_is_to_be_pinned(
-    space: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one, two = space.node("one", publish="pinned"), space.node("two")
-    made = space.submit(make, 3)
-    space.slot(one).run_ticket("1")
-    wait_until(lambda: written(one), "it to be written")
-    slot = space.slot(two)
-    space.store.link.call("HSET", space.store.keys.of("node", "one"), "dir", "/nowhere")
-    one.house.mailbox.start()
-    seen = space.submit(total, made, key="seen")
-    take_and_run(space, slot, "seen")
-    assert seen.result(timeout=10) == 3 * N
+def test_what_another_host_asked_for_once_stays_in_redis_if_it_is_to_be_pinned(space: Space) -> None:
+    made = read_from_afar(space, space.node("one", publish="pinned"), space.node("two"))
     wait_until(lambda: set(where(space, made).places) == {"one", "two", "@redis"}, "it to be pinned")
 
 
