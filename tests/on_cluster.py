@@ -11,6 +11,8 @@ from typing import Any
 import redis
 
 from celery_mem import LocalCluster
+from celery_mem.state.keys import TASK
+from celery_mem.state.records import state_of
 
 LIMIT_S = 20
 
@@ -37,9 +39,14 @@ def task_keys(cluster: LocalCluster) -> list[str]:
 
 
 def field(cluster: LocalCluster, key: str, name: str) -> bytes | None:
-    """One field of a task record, by its name in Redis."""
+    """One field of a task record, by its name in `keys.TASK`."""
     with server(cluster) as r:
-        return r.hget("{" + cluster.namespace + "}:t:" + key, name)
+        return r.hget("{" + cluster.namespace + "}:t:" + key, TASK[name])
+
+
+def state(cluster: LocalCluster, key: str) -> str:
+    """The state of a task, empty if it has no record."""
+    return state_of(field(cluster, key, "core"))
 
 
 class Gate:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from celery_mem.state.keys import ACTIVE, FIXED, FLAGS, META, PREFIXES, STATES, TASK
 from celery_mem.state.link import Link
+from celery_mem.state.records import Recipe, read_core, read_recipe, read_result
 from celery_mem.state.store import REDIS, Store
 
 RULES = {
@@ -102,11 +103,11 @@ class Row:
 
     key: str
     fields: frozenset[str]  # names in TASK of the fields it has; unknown ones as they are
-    state: str = ""
+    state: str = ""  # what cannot be read has none
     function: str = ""
     payload_blob: str = ""
     deps: list[str] = field(default_factory=list)
-    holders: dict[str, str] = field(default_factory=dict)
+    holders: dict[str, int] = field(default_factory=dict)
     priority: float = 0
     rank: str = ""
     waiting: int = 0
@@ -263,26 +264,31 @@ def _asks(contents: Contents, kind: str, name: str, key: bytes) -> Iterator[_Ask
 
 
 def _row(key: str, fields: Iterable[str], small: Sequence[bytes | None]) -> Row:
-    text = {
-        name: _text(value) if value is not None else "" for name, value in zip(_SMALL, small, strict=True)
-    }
+    raw = dict(zip(_SMALL, small, strict=True))
+    text = {name: _text(value) if value is not None else "" for name, value in raw.items()}
+    try:
+        core = read_core(raw["core"] or b"")
+        recipe = read_recipe(raw["recipe"]) or Recipe("", 0, "")
+        result = read_result(raw["result"])
+    except ValueError:
+        return Row(key, frozenset(_FIELD_NAMES.get(name, name) for name in fields))
     token, maker, copy_nbytes, *places = text["replicas"].split("\n") if text["replicas"] else ("", "", "")
     return Row(
         key,
         frozenset(_FIELD_NAMES.get(name, name) for name in fields),
-        state=text["state"],
-        function=text["function"],
+        state=core.state,
+        function=recipe.function,
         payload_blob=text["payload_blob"],
         deps=_lines(text["deps"]),
-        holders={holder: epoch for holder, _, epoch in (x.rpartition(" ") for x in _lines(text["holders"]))},
-        priority=float(text["priority"] or 0),
-        rank=text["rank"],
-        waiting=int(text["waiting"] or 0),
-        needed=int(text["needed"] or 0),
-        attempt=text["attempt"],
+        holders=dict(core.holders),
+        priority=recipe.priority,
+        rank=recipe.rank,
+        waiting=core.waiting,
+        needed=core.needed,
+        attempt=core.attempt,
         owner=text["owner"],
-        flags=text["flags"],
-        nbytes=text["nbytes"],
+        flags=core.flags,
+        nbytes=str(result.nbytes) if result else "",
         token=token,
         maker=maker,
         copy_nbytes=copy_nbytes,
@@ -291,7 +297,7 @@ def _row(key: str, fields: Iterable[str], small: Sequence[bytes | None]) -> Row:
         copies_on=_lines(text["copies_on"]),
         constraint=text["constraint"],
         prefer=_lines(text["prefer"]),
-        home=text["home"] if text["state"] == "ready" else "",
+        home=text["home"] if core.state == "ready" else "",
         contains=_lines(text["contains"]),
         blame=text["blame"],
     )
@@ -409,9 +415,9 @@ def _check_records(c: Contents) -> Iterator[Violation]:
             yield Violation("state", key, "is lost but has a function")
         if row.function and len(row.fields & {"payload", "payload_blob"}) != 1:
             yield Violation("payload", key, f"has {sorted(row.fields & {'payload', 'payload_blob'})}")
-        data = row.fields & {"nbytes", "type", "value", "replicas", "contains"}
+        data = row.fields & {"result", "value", "replicas", "contains"}
         if row.state == "memory":
-            if not data >= {"nbytes", "type"} or len(data & {"value", "replicas"}) != 1:
+            if "result" not in data or len(data & {"value", "replicas"}) != 1:
                 yield Violation("data", key, f"is in memory with {sorted(data)}")
         elif data:
             yield Violation("data", key, f"is {row.state} with {sorted(data)}")

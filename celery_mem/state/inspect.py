@@ -10,6 +10,7 @@ from redis.exceptions import ResponseError
 
 from celery_mem.state.keys import META, NODE, REPLICAS, TASK
 from celery_mem.state.link import Link
+from celery_mem.state.records import read_core, read_recipe, read_result, state_of
 from celery_mem.state.store import REDIS, Store
 
 _PAGE = 1_000
@@ -91,26 +92,31 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
             ("HKEYS", of("dependents", key_text)),
         ]
     )
-    row = {name: _text(value) for name, value in zip(small, values, strict=True)}
-    if row["state"] is None:
+    found = dict(zip(small, values, strict=True))
+    if found["core"] is None:
         return None
+    core, recipe, result = (
+        read_core(found["core"]),
+        read_recipe(found["recipe"]),
+        read_result(found["result"]),
+    )
+    row = {name: _text(value) for name, value in found.items()}
     blame = row["blame"]
-    holders = (line.rsplit(" ", 1) for line in _lines(row["holders"]))
     return {
         "key": key_text,
-        "state": row["state"],
-        "priority": float(row["priority"] or 0),
-        "rank": row["rank"],
-        "attempt": _number(row["attempt"]),
+        "state": core.state,
+        "priority": recipe.priority if recipe else 0.0,
+        "rank": recipe.rank if recipe else None,
+        "attempt": _number(core.attempt),
         "owner": row["owner"],
-        "waiting": int(row["waiting"] or 0),
-        "needed": int(row["needed"] or 0),
+        "waiting": core.waiting,
+        "needed": core.needed,
         "retries": int(row["retries"] or 0),
         "deaths": int(row["deaths"] or 0),
-        "function": row["function"],
+        "function": recipe.function if recipe else None,
         "payload_nbytes": payload or None,
-        "nbytes": _number(row["nbytes"]),
-        "type": row["type"],
+        "nbytes": result.nbytes if result else None,
+        "type": result.type if result else None,
         "places": [REDIS] if value else (row["replicas"] or "").split("\n")[len(REPLICAS) :],
         "copies": int(row["copies"] or 1),
         "copies_on": _lines(row["copies_on"]),
@@ -118,7 +124,7 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
         "error": link.call("HGET", of("task", blame), TASK["error"]) if blame else None,
         "dependencies": _states(store, _lines(row["deps"])),
         "dependents": _states(store, sorted(dep.decode() for dep in dependents)),
-        "holders": {client: int(epoch) for client, epoch in holders},
+        "holders": dict(core.holders),
         "contains": _lines(row["contains"]),
     }
 
@@ -128,9 +134,9 @@ def _count_tasks(store: Store) -> tuple[dict[str, int], int]:
     states: Counter[str] = Counter()
     nbytes = 0
     for names in _scan(store, store.keys.of("task", "*")):
-        rows = store.link.batch([("HMGET", name, TASK["state"], TASK["nbytes"]) for name in names])
-        states.update(state.decode() for state, _ in rows if state)
-        nbytes += sum(int(size or 0) for _, size in rows)
+        rows = store.link.batch([("HMGET", name, TASK["core"], TASK["result"]) for name in names])
+        states.update(state_of(core) for core, _ in rows if core)
+        nbytes += sum(result.nbytes for _, raw in rows if (result := read_result(raw)))
     return dict(sorted(states.items())), nbytes
 
 
@@ -194,8 +200,8 @@ def server_warnings(facts: dict[str, Any]) -> list[str]:
 
 
 def _states(store: Store, keys: Sequence[str]) -> dict[str, str | None]:
-    replies = _paged(store.link, [("HGET", store.keys.of("task", key), TASK["state"]) for key in keys])
-    return dict(zip(keys, map(_text, replies), strict=True))
+    replies = _paged(store.link, [("HGET", store.keys.of("task", key), TASK["core"]) for key in keys])
+    return {key: state_of(core) or None for key, core in zip(keys, replies, strict=True)}
 
 
 def _leases(reply: Sequence[bytes], now_s: float) -> dict[str, float]:

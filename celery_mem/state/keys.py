@@ -6,7 +6,7 @@ The scripts write `K.task` and `F.state`; the loader puts the texts below in the
 
 from __future__ import annotations
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of this layout; a namespace made by another one is refused."""
 
 FIXED = {
@@ -54,23 +54,14 @@ META = {
     "fence": "fence",  # counter: term of the leading coordinator
 }
 TASK = {
-    "state": "s",
-    "function": "f",  # hash of the pickled function; absent for scattered data
+    "core": "s",  # see CORE
+    "recipe": "f",  # see RECIPE; absent for scattered data
     "payload": "p",  # pickled arguments
     "payload_blob": "q",  # token of the blob that holds a large payload
     "deps": "d",  # keys joined by newlines
-    "holders": "h",  # lines "client epoch": who holds it, and its number for the call that took the hold;
-    # "@key 0" is the result of key, which contains a future of this one. Empty or absent: nobody
-    "priority": "u",  # user priority, higher runs first; absent means 0
-    "rank": "r",  # 10 hex digits of submission, 6 of dask.order
-    "waiting": "w",  # Invariant: number of deps not in memory, while waiting
-    "needed": "n",  # Invariant: number of dependents that are waiting, ready or processing
-    "attempt": "a",  # fencing token of the current or last attempt; a report counts only while processing
-    "owner": "o",  # slot of that attempt
-    "nbytes": "b",
-    "type": "y",  # type name of the result
+    "owner": "o",  # slot of the current or last attempt
+    "result": "b",  # size of the result and the name of its type, with a space between
     "value": "v",  # the result, if small
-    "flags": "g",  # letters of FLAGS: one look tells what few records have
     "replicas": "x",  # lines: where the copies of the result are, if it is large, see REPLICAS
     "contains": "c",  # keys of the futures inside the result, joined by newlines
     "error": "e",  # pickled error, on the task that raised it
@@ -83,6 +74,25 @@ TASK = {
     "prefer": "i",  # nodes that should run it, joined by newlines
     "home": "j",  # while ready and in the queue of a node: size class + node
 }
+CORE = ("state", "needed", "waiting", "attempt", "flags", "holders")
+"""What the core of a record says, which nearly every transition reads and writes, hence one field: words with one
+space between, and the holders in lines of their own.
+
+- needed: Invariant: number of dependents that are waiting, ready or processing.
+- waiting: Invariant: number of deps not in memory, while waiting.
+- attempt: fencing token of the current or last attempt, empty before the first; a report counts only while
+  processing.
+- flags: letters of FLAGS: one look tells what few records have.
+- holders: lines "client epoch": who holds it, and its number for the call that took the hold; "@key 0" is the
+  result of key, which contains a future of this one.
+"""
+RECIPE = ("rank", "priority", "function")
+"""What never changes of a task, as words.
+
+- rank: 10 hex digits of submission, 6 of dask.order.
+- priority: the user's, higher runs first.
+- function: hash of the pickled function.
+"""
 FLAGS = {
     "payload_blob": "p",
     "replicas": "r",

@@ -14,6 +14,7 @@ from celery_mem.errors import RedisUnavailableError
 from celery_mem.state.keys import SCHEMA, TASK, Keys
 from celery_mem.state.link import Command, Link
 from celery_mem.state.loader import load_script
+from celery_mem.state.records import read_result, state_of
 
 MIN_REDIS = (6, 2)
 PAGE = 1000
@@ -467,7 +468,7 @@ class Store:
 
     def locate(self, keys: Sequence[str]) -> list[Location | None]:
         """Tell where the copies of keys are; None for a key without a record. Plain reads."""
-        fields = [TASK[name] for name in ("state", "nbytes", "replicas", "copies", "copies_on")]
+        fields = [TASK[name] for name in ("core", "result", "replicas", "copies", "copies_on")]
         found: list[Location | None] = []
         for start in range(0, len(keys), PAGE):
             page = keys[start : start + PAGE]
@@ -558,18 +559,26 @@ def _ms(seconds: float) -> int:
 
 def _location(
     key: str,
-    state: bytes | None,
-    nbytes: bytes | None,
+    core: bytes | None,
+    result: bytes | None,
     replicas: bytes | None,
     copies: bytes | None,
     copies_on: bytes | None,
 ) -> Location | None:
-    if state is None:
+    if core is None:
         return None
+    about = read_result(result)
     token, maker, _, *places = replicas.decode().split("\n") if replicas else ("", "", "")
     wanted_on = copies_on.decode().split("\n") if copies_on else ()
     return Location(
-        key, state.decode(), int(nbytes or 0), token, maker, tuple(places), int(copies or 1), tuple(wanted_on)
+        key,
+        state_of(core),
+        about.nbytes if about else 0,
+        token,
+        maker,
+        tuple(places),
+        int(copies or 1),
+        tuple(wanted_on),
     )
 
 

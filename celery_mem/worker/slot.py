@@ -22,6 +22,7 @@ from celery_mem.memory.trimming import give_back
 from celery_mem.state.keys import TASK
 from celery_mem.state.letters import save_copy
 from celery_mem.state.link import Link
+from celery_mem.state.records import read_recipe
 from celery_mem.state.store import Done, Store, Taken, Tickets
 from celery_mem.worker.batch import Batch, Reports
 from celery_mem.worker.memory import ProcessMemory
@@ -329,8 +330,9 @@ class Slot:
 
     def priority_of(self, task: Taken) -> float:
         """Read the priority of a task that runs here."""
-        text = self.store.link.call("HGET", self.store.keys.of("task", task.key), TASK["priority"])
-        return float(text or 0)
+        raw = self.store.link.call("HGET", self.store.keys.of("task", task.key), TASK["recipe"])
+        recipe = read_recipe(raw)
+        return 0.0 if recipe is None else recipe.priority
 
     # --- the end ---
 

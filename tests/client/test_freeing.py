@@ -12,7 +12,7 @@ import time
 import pytest
 
 from celery_mem import wait
-from tests.on_cluster import Box, add, field, identity, inc, server, task_keys, until
+from tests.on_cluster import Box, add, field, identity, inc, server, state, task_keys, until
 
 PROMISED_S = 0.1  # on an idle system; shared processors get more
 BOUND_S = 5.0
@@ -86,12 +86,12 @@ class TestIntermediates:
         key = x.key
         del x
         first.result()
-        assert field(cluster, key, "s") == b"memory"  # the second one needs it
+        assert state(cluster, key) == "memory"  # the second one needs it
         gate.next_reached()
         gate.open()
         second.result()
-        assert until(lambda: field(cluster, key, "s") == b"released")
-        assert field(cluster, key, "v") is None
+        assert until(lambda: state(cluster, key) == "released")
+        assert field(cluster, key, "value") is None
 
     def test_leave_their_lineage_while_a_held_result_needs_it(self, client, cluster):
         x = client.submit(inc, 1)
@@ -100,7 +100,7 @@ class TestIntermediates:
         keys = [x.key, y.key, z.key]
         z.result()
         del x, y
-        assert until(lambda: [field(cluster, k, "s") for k in keys] == [b"released", b"released", b"memory"])
+        assert until(lambda: [state(cluster, k) for k in keys] == ["released", "released", "memory"])
         del z
         assert until(lambda: not task_keys(cluster))
 
@@ -109,7 +109,7 @@ class TestIntermediates:
         key, y = x.key, client.submit(inc, x)
         y.result()
         del x
-        assert until(lambda: field(cluster, key, "s") == b"released")
+        assert until(lambda: state(cluster, key) == "released")
         assert client.future(key).result(timeout=20) == 2
 
     def test_scattered_data_that_only_its_lineage_needs_goes(self, client, cluster):
@@ -117,7 +117,7 @@ class TestIntermediates:
         key, y = x.key, client.submit(sum, x)
         assert y.result() == 3
         del x
-        assert until(lambda: field(cluster, key, "s") == b"lost")
+        assert until(lambda: state(cluster, key) == "lost")
         assert y.result() == 3
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from celery_mem.state.audit import RULES, Violation, audit
-from celery_mem.state.keys import FIXED, FLAGS, META, PREFIXES, TASK
+from celery_mem.state.keys import CORE, FIXED, FLAGS, META, PREFIXES, RECIPE, TASK
+from celery_mem.state.records import read_core
 from celery_mem.state.store import Done, Failed, NewData, NewTask, Store
 
 Command = tuple[object, ...]
@@ -72,14 +74,28 @@ def blob(key: str) -> Command:
 
 
 def field(key: str, name: str, value: object = None) -> Command:
-    """Set, or without value remove, a field of a record."""
+    """Set, or without value remove, a field of a record, or a part of one that holds several."""
+    if name in {*CORE, *RECIPE}:
+        return ("PART", f"t:{key}", name, "" if value is None else value)
     return ("HDEL", f"t:{key}", TASK[name]) if value is None else ("HSET", f"t:{key}", TASK[name], value)
+
+
+def set_part(store: Store, record: str, name: str, value: object) -> None:
+    whole, parts = ("core", CORE) if name in CORE else ("recipe", RECIPE)
+    raw = store.link.call("HGET", record, TASK[whole]).decode()
+    found = dict(zip(parts, re.split("[ \n]", raw, maxsplit=len(parts) - 1), strict=True))
+    *words, last = (found | {name: value}).values()
+    text = " ".join(map(str, words)) + ("\n" if whole == "core" else " ") + str(last)
+    store.link.call("HSET", record, TASK[whole], text)
 
 
 def spoil(store: Store, *commands: Command) -> set[tuple[str, str]]:
     """Carry out commands, whose keys are relative to the namespace; return rule and key of each violation."""
     for name, key, *rest in commands:
-        store.link.call(name, f"{store.keys.prefix}{key}", *rest)
+        if name == "PART":
+            set_part(store, store.keys.prefix + key, *rest)
+        else:
+            store.link.call(name, f"{store.keys.prefix}{key}", *rest)
     return {(v.rule, v.key) for v in audit(store)}
 
 
@@ -95,9 +111,11 @@ BREAKS: list[tuple[str, str, list[Command]]] = [
     ("left over", ON_NODE, [("DEL", "c:alice")]),
     ("state", "made", [field("made", "state", "finished")]),
     ("state", "made", [("HSET", "t:made", "zz", 1)]),
+    ("state", "made", [field("made", "core", "memory 0")]),
+    ("state", "made", [field("made", "result", "many bytes")]),
     ("state", "input", [field("input", "state", "lost")]),
     ("data", "made", [field("made", "value")]),
-    ("data", "made", [field("made", "nbytes")]),
+    ("data", "made", [field("made", "result")]),
     ("data", "made", [field("made", "replicas", f"token\nslot\n1\n{NODE}")]),
     ("data", "bad", [field("bad", "value", b"1")]),
     ("data", "large", [field("large", "replicas")]),
@@ -270,4 +288,4 @@ def test_every_kind_of_key_has_a_type():
 
 
 def attempt_of(store: Store, key: str) -> str:
-    return store.link.call("HGET", store.keys.of("task", key), TASK["attempt"]).decode()
+    return read_core(store.link.call("HGET", store.keys.of("task", key), TASK["core"])).attempt

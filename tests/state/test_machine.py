@@ -43,6 +43,7 @@ from celery_mem.state.model import (
     Model,
     Task,
 )
+from celery_mem.state.records import read_result
 from celery_mem.state.store import REDIS, Store
 from tests.conftest import NOW_MS, delete_namespace, fake_link
 
@@ -469,13 +470,14 @@ def _distinct(items: Iterable[Any]) -> list[Any]:
 def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
     """The state of a namespace, read already or not, in the form of `Model.snapshot`."""
     c = contents or read(store)
-    names = [TASK[name] for name in ("payload", "value", "error", "nbytes", "type", "retries", "deaths")]
+    names = [TASK[name] for name in ("payload", "value", "error", "result", "retries", "deaths")]
     rows = sorted(c.records.items())
     asked = [("HMGET", store.keys.of("task", key), *names) for key, _ in rows]
     bulk = store.link.batch(asked) if rows else []
     records = {}
     for (key, row), reply in zip(rows, bulk, strict=True):
-        payload, value, error, nbytes, type_name, retries, deaths = reply
+        payload, value, error, result, retries, deaths = reply
+        about = read_result(result)
         records[key] = {
             "state": row.state,
             "function": row.function or None,
@@ -489,8 +491,8 @@ def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
             "needed": row.needed,
             "attempt": int(row.attempt or 0),
             "owner": row.owner if row.state == PROCESSING else None,
-            "nbytes": None if nbytes is None else int(nbytes),
-            "type": None if type_name is None else type_name.decode(),
+            "nbytes": about.nbytes if about else None,
+            "type": about.type if about else None,
             "value": value,
             "token": row.token,
             "maker": row.maker,
@@ -506,7 +508,7 @@ def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
         }
     return {
         "records": records,
-        "holders": {key: {h: int(e) for h, e in row.holders.items()} for key, row in rows if row.holders},
+        "holders": {key: row.holders for key, row in rows if row.holders},
         "dependents": {key: sorted(d) for key, d in sorted(c.dependents.items())},
         "ready": [entry[16:] for entry in c.ready],
         "homes": {node: list(queue) for node, queue in c.home_queues.items()},

@@ -29,12 +29,14 @@ for a = 8, #ARGV, 7 do
     note_standing(client, r, epoch, notice_limit)
   else
     if not r then
-      r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, holders = '', flags = ''}
+      r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, attempt = '', flags = '',
+        holders = ''}
       records[key] = r
     end
     local was_gone = r.state == 'erred' or r.state == 'lost'
     withdraw(r)
-    redis.call('HDEL', r.name, F.error, F.blame, F.attempt)      -- a run that ends later comes too late
+    redis.call('HDEL', r.name, F.error, F.blame)
+    r.attempt = ''      -- a run that ends later comes too late
     take_hold(client, epoch, r)
     enter_memory(r, ARGV[a + 1], ARGV[a + 2], kind, data, ARGV[a + 5], '', place)
     notify_result(r, kind, data, notice_limit)

@@ -140,7 +140,7 @@ if #keys > 0 then
     local r, payload, payload_blob = load(key, true)
     if not again[key] then
       r.state, r.attempt = 'processing', string.format('%.0f', last - #keys + i)
-      redis.call('HSET', r.name, F.state, 'processing', F.attempt, r.attempt, F.owner, slot)
+      redis.call('HSET', r.name, F.core, core_of(r), F.owner, slot)
       owned[#owned + 1], owned[#owned + 2] = key, r.attempt
     end
     local inputs, n = {}, 0

@@ -65,18 +65,13 @@ for _, task in ipairs(tasks) do
   if not r then
     local fn, blob = ARGV[a + 1], ARGV[a + 3]
     local fresh = blob == '' and {F.payload, ARGV[a + 2]} or {F.payload_blob, blob}
-    add_fields(fresh, F.function, fn)
-    r = {key = key, name = P .. K.task .. key, state = 'released', fn = fn, deps_text = nil,
-      deps = false, needed = 0, waiting = 0, holders = '', dirty = false, fresh = fresh, priority = false,
-      flags = blob ~= '' and L.payload_blob or '', rank = string.format('%s%06x', generation, ARGV[a + 5])}
+    r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, attempt = '',
+      flags = blob ~= '' and L.payload_blob or '', holders = '', rank = string.format('%s%06x', generation, ARGV[a + 5]),
+      priority = ARGV[a + 4], fn = fn, deps_text = nil, deps = false, dirty = false, fresh = fresh}
     records[key] = r
     touch(r)
     count_function(fn, 1)
     if blob ~= '' then keep_blob(blob, key) end
-    if ARGV[a + 4] ~= '0' then
-      r.priority = ARGV[a + 4]
-      add_fields(fresh, F.priority, r.priority)
-    end
     if ARGV[a + 6] ~= '0' then add_fields(fresh, F.retries, ARGV[a + 6]) end
     if ARGV[a + 8] ~= '' then
       r.constraint = ARGV[a + 8]

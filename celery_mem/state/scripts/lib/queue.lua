@@ -125,7 +125,7 @@ local function flush_queues()
       lists[queue] = list
     end
     local n = #list
-    list[n + 1], list[n + 2] = r.priority and -tonumber(r.priority) or 0, member
+    list[n + 1], list[n + 2] = r.priority == '0' and 0 or -tonumber(r.priority), member
     count_added(r, member)
   end
   for queue, list in pairs(lists) do call_in_parts('ZADD', list, queue) end

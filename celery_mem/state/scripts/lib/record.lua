@@ -1,5 +1,5 @@
--- Task records: read once per script call. `state`, `holders`, `needed` and `waiting` change in memory (touch) and are written
--- once at the end; what changes with one transition only is written by that transition.
+-- Task records: read once per script call. What changes with most transitions is one field, `core`: it changes in memory
+-- (touch) and is written once at the end; what changes with one transition only is written by that transition.
 local records, touched = {}, {}
 
 local function split(text)
@@ -10,6 +10,25 @@ local function split(text)
   return out
 end
 
+-- A number as text; to format one takes longer than all else that a record costs.
+local digits = {}
+local function text_of(n)
+  local text = digits[n]
+  if not text then
+    text = string.format('%d', n)
+    digits[n] = text
+  end
+  return text
+end
+
+-- The fields `core` and `recipe`, as CORE and RECIPE in keys.py say.
+local function core_of(r)
+  return r.state .. ' ' .. text_of(r.needed) .. ' ' .. text_of(r.waiting) .. ' ' .. r.attempt .. ' ' .. r.flags
+    .. '\n' .. r.holders
+end
+
+local function recipe_of(r) return r.rank .. ' ' .. r.priority .. ' ' .. r.fn end
+
 -- The record of key, or false. Holds what most transitions look at; extra() reads the rest. Returns the payload and
 -- its blob's token too where `with_payload` asks for them.
 local function load(key, with_payload)
@@ -17,19 +36,18 @@ local function load(key, with_payload)
   if r == nil then
     local name = P .. K.task .. key
     local v
-    if with_payload then
-      v = redis.call('HMGET', name, F.state, F.holders, F.function, F.deps, F.rank, F.needed, F.waiting,
-        F.attempt, F.priority, F.flags, F.payload, F.payload_blob)
-    else
-      v = redis.call('HMGET', name, F.state, F.holders, F.function, F.deps, F.rank, F.needed, F.waiting,
-        F.attempt, F.priority, F.flags)
-    end
+    if with_payload then v = redis.call('HMGET', name, F.core, F.recipe, F.deps, F.payload, F.payload_blob)
+    else v = redis.call('HMGET', name, F.core, F.recipe, F.deps) end
     if not v[1] then records[key] = false return false end
-    r = {key = key, name = name, state = v[1], holders = v[2] or '', fn = v[3], deps_text = v[4], deps = false,
-      rank = v[5], needed = tonumber(v[6] or 0), waiting = tonumber(v[7] or 0), attempt = v[8], priority = v[9],
-      flags = v[10] or '', dirty = false, fresh = false}
+    local state, needed, waiting, attempt, flags, holders =
+      string.match(v[1], '^(%a+) (%d+) (%d+) (%d*) (%a*)\n(.*)$')
+    local rank, priority, fn
+    if v[2] then rank, priority, fn = string.match(v[2], '^(%x+) (%S+) (.*)$') end
+    r = {key = key, name = name, state = state, needed = tonumber(needed), waiting = tonumber(waiting), attempt = attempt,
+      flags = flags, holders = holders, rank = rank, priority = priority, fn = fn, deps_text = v[3], deps = false,
+      dirty = false, fresh = false}
     records[key] = r
-    return r, v[11], v[12]
+    return r, v[4], v[5]
   end
   if r and with_payload then
     local v = redis.call('HMGET', r.name, F.payload, F.payload_blob)
@@ -41,21 +59,6 @@ end
 local function extra(r, field) return redis.call('HGET', r.name, field) end
 
 local function has_flag(r, flag) return r.flags ~= '' and string.find(r.flags, flag, 1, true) end
-
-local function write_flags(r)
-  if not r.fresh then redis.call('HSET', r.name, F.flags, r.flags) end      -- else with the rest
-end
-
-local function add_flag(r, flag)
-  if has_flag(r, flag) then return end
-  r.flags = r.flags .. flag
-  write_flags(r)
-end
-
-local function remove_flag(r, flag)
-  r.flags = string.gsub(r.flags, flag, '')
-  write_flags(r)
-end
 
 -- A blob is written with a time to live; the record that names it takes that away.
 local function blob_name(token, key) return P .. K.blob .. token .. ':' .. key end
@@ -77,10 +80,22 @@ local function deps_of(r)
   return deps
 end
 
--- Have the record written at the end: `counts` its needed and waiting alone, else its state and holders too.
-local function touch(r, counts)
-  if not r.dirty then touched[#touched + 1] = r end
-  if not (counts and r.dirty ~= 'all') then r.dirty = 'all' else r.dirty = 'counts' end
+-- Have the core of the record written at the end.
+local function touch(r)
+  if r.dirty then return end
+  r.dirty = true
+  touched[#touched + 1] = r
+end
+
+local function add_flag(r, flag)
+  if has_flag(r, flag) then return end
+  r.flags = r.flags .. flag
+  touch(r)
+end
+
+local function remove_flag(r, flag)
+  r.flags = string.gsub(r.flags, flag, '')
+  touch(r)
 end
 
 local function set_state(r, state)
@@ -90,7 +105,7 @@ end
 
 local function add_needed(r, n)
   r.needed = r.needed + n
-  touch(r, true)
+  touch(r)
 end
 
 -- Holders are lines "id epoch"; most tasks have one.
@@ -149,14 +164,7 @@ end
 
 -- A record made by this call: `fresh` holds its remaining fields and values.
 local function write_fresh(r)
-  local fresh = r.fresh
-  if r.flags ~= '' then fresh[#fresh + 1], fresh[#fresh + 2] = F.flags, r.flags end
-  if #fresh == 4 and r.needed == 0 then
-    redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, fresh[1], fresh[2], fresh[3], fresh[4])
-  else
-    redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.rank, r.rank, F.needed, r.needed,
-      F.waiting, r.waiting, unpack(fresh))
-  end
+  redis.call('HSET', r.name, F.core, core_of(r), F.recipe, recipe_of(r), unpack(r.fresh))
   r.fresh = false
 end
 
@@ -168,14 +176,9 @@ local function flush_records()
   end
   for i = 1, #touched do
     local r = touched[i]
-    local dirty = r.dirty
     r.dirty = false
     if records[r.key] == r then
-      if r.fresh then write_fresh(r)
-      elseif dirty == 'counts' then redis.call('HSET', r.name, F.needed, r.needed, F.waiting, r.waiting)
-      else
-        redis.call('HSET', r.name, F.state, r.state, F.holders, r.holders, F.needed, r.needed, F.waiting, r.waiting)
-      end
+      if r.fresh then write_fresh(r) else redis.call('HSET', r.name, F.core, core_of(r)) end
     end
   end
   for hash, n in pairs(function_delta) do

@@ -51,7 +51,7 @@ end
 
 local function clear_data(r)
   r.data_dropped = nil
-  redis.call('HDEL', r.name, F.value, F.nbytes, F.type)
+  redis.call('HDEL', r.name, F.value, F.result)
 end
 
 local function forget(r)
@@ -167,11 +167,12 @@ end
 local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, place)
   local is_value = kind == 'v'
   local was_active = ACTIVE[r.state]
-  r.state, r.waiting = 'memory', 0
+  r.waiting = 0
+  set_state(r, 'memory')
   if is_value then
-    redis.call('HSET', r.name, F.state, 'memory', F.nbytes, nbytes, F.type, type_name, F.value, data)
+    redis.call('HSET', r.name, F.result, nbytes .. ' ' .. type_name, F.value, data)
   else
-    redis.call('HSET', r.name, F.state, 'memory', F.nbytes, nbytes, F.type, type_name)
+    redis.call('HSET', r.name, F.result, nbytes .. ' ' .. type_name)
     begin_copies(r, data, maker, nbytes, place)
   end
   if contains ~= '' then
@@ -191,7 +192,7 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, p
       if d.state == 'waiting' then
         if not is_value then add_flag(d, L.near) end
         d.waiting = d.waiting - 1
-        if d.waiting == 0 then enqueue(d) else touch(d, true) end
+        if d.waiting == 0 then enqueue(d) else touch(d) end
       end
     end
   end

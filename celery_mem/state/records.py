@@ -1,0 +1,62 @@
+"""What the fields of a task record say that hold several things; keys.py has their layout."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Core(NamedTuple):
+    """The field `core`, see `keys.CORE`; `holders` are pairs of id and epoch."""
+
+    state: str
+    needed: int
+    waiting: int
+    attempt: str
+    flags: str
+    holders: list[tuple[str, int]]
+
+
+class Recipe(NamedTuple):
+    """The field `recipe`, see `keys.RECIPE`."""
+
+    rank: str
+    priority: float
+    function: str
+
+
+class Result(NamedTuple):
+    """The field `result`: size in bytes, and name of the type."""
+
+    nbytes: int
+    type: str
+
+
+def read_core(raw: bytes) -> Core:
+    """Take a core apart."""
+    head, _, lines = raw.decode(errors="surrogateescape").partition("\n")
+    state, needed, waiting, attempt, flags = head.split(" ")
+    holders = (line.rpartition(" ") for line in lines.split("\n") if line)
+    return Core(
+        state, int(needed), int(waiting), attempt, flags, [(h, int(epoch)) for h, _, epoch in holders]
+    )
+
+
+def state_of(raw: bytes | None) -> str:
+    """Return the state that a core tells, empty where there is no record."""
+    return (raw or b"").partition(b" ")[0].decode(errors="surrogateescape")
+
+
+def read_recipe(raw: bytes | None) -> Recipe | None:
+    """Take a recipe apart; None for scattered data, which has none."""
+    if raw is None:
+        return None
+    rank, priority, function = raw.decode(errors="surrogateescape").split(" ")
+    return Recipe(rank, float(priority), function)
+
+
+def read_result(raw: bytes | None) -> Result | None:
+    """Take size and type of a result apart; None where there is none."""
+    if raw is None:
+        return None
+    nbytes, _, type_name = raw.decode(errors="surrogateescape").partition(" ")
+    return Result(int(nbytes), type_name)
