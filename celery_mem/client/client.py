@@ -254,17 +254,19 @@ class Client(DataMethods):
         function = encode_function(func)
         kwargs = {name: self._shared(value) for name, value in kwargs.items()}
         prefix = key if isinstance(key, str) else function.name
-        keys: Sequence[Key]
+        keys: Iterable[Key]
         if key is not None and not isinstance(key, str):
             if len(key) != len(calls):
                 raise ValueError(f"{len(key)} keys were given for {len(calls)} calls")
             keys = list(key)
         elif pure:
-            keys = [f"{prefix}-{token_of(function, args, kwargs, self._text_of)}" for args in calls]
+            keys = (f"{prefix}-{token_of(function, args, kwargs, self._text_of)}" for args in calls)
         else:
-            keys = [f"{prefix}-{self.fresh_token()}" for _ in calls]
+            keys = (f"{prefix}-{self.fresh_token()}" for _ in calls)
         futures = []
-        with Submission(self, priority=priority, retries=retries, placing=placing) as submission:
+        with Submission(
+            self, priority=priority, retries=retries, placing=placing, streams=True
+        ) as submission:
             for args, k in zip(calls, keys, strict=True):
                 text = text_of(k)
                 state, new = submission.refer(text)

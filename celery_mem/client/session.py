@@ -127,6 +127,25 @@ class Session:
                 self.send_tickets(tickets)
         return generation or 0
 
+    def launch(
+        self, tasks: list[NewTask], functions: list[tuple[str, bytes]], generation: int | None
+    ) -> Callable[[], int]:
+        """Send a chunk of tasks; what is returned waits until Redis has them and returns their rank.
+
+        The caller holds `order` until then.
+        """
+        self.outbox.flush()
+        self.check_open()
+        land = self.store.launch_submit(self.id, 0, tasks, functions, generation=generation)
+
+        def arrive() -> int:
+            rank: int
+            rank, tickets = self._guarded(land)
+            self.send_tickets(tickets)
+            return rank
+
+        return arrive
+
     def put(self, data: Sequence[NewData], epoch: int) -> None:
         """Send data to be held."""
         with self.order:

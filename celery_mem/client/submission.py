@@ -37,6 +37,8 @@ class Submission:
         client: whose call it is.
         priority, retries: for all tasks, where annotations do not say otherwise.
         placing: where they may run.
+        streams: chunks are sent as they fill up, while others are still being made; only for tasks that do not
+            depend on each other.
         annotations: name -> {key: value}, of Dask.
     """
 
@@ -47,6 +49,7 @@ class Submission:
         priority: float = 0,
         retries: int = 0,
         placing: Placing | None = None,
+        streams: bool = False,
         annotations: Mapping[str, Mapping[Key, Any]] | None = None,
     ) -> None:
         self.client = client
@@ -58,6 +61,10 @@ class Submission:
         self._retries = retries
         self._placing = placing or Placing()
         self._annotations = annotations or {}
+        self._streams = streams
+        self._under_way: tuple[Chunk, Callable[[], int]] | None = None
+        self._rank: int | None = None
+        self._n_sent = 0
         self._tasks: list[NewTask] = []
         self._functions: dict[str, Function] = {}
         self._encoded: dict[
@@ -104,7 +111,7 @@ class Submission:
             priority = self._annotations.get("priority", {}).get(key, priority)
             retries = self._annotations.get("retries", {}).get(key, retries)
         constraint, prefer = self._placing.of(key)
-        order = min(len(self._tasks), LAST_ORDER)
+        order = min(self._n_sent + len(self._tasks), LAST_ORDER)
         self._tasks.append(
             NewTask(
                 text,
@@ -121,6 +128,32 @@ class Submission:
                 prefer,
             )
         )
+        if self._streams and len(self._tasks) >= CHUNK_TASKS:
+            self._stream()
+
+    def _stream(self) -> None:
+        """Send what there is, and go on while Redis takes it in."""
+        self._land()
+        for chunk in self._chunks(codes=False):
+            self._land()
+            self._under_way = chunk, self._session.launch(chunk[0], chunk[1], self._rank)
+        self._n_sent += len(self._tasks)
+        self._tasks = []
+
+    def _land(self) -> None:
+        """Wait until Redis has what is under way."""
+        if self._under_way is None:
+            return
+        (tasks, functions, _), arrive = self._under_way
+        self._under_way = None
+        try:
+            self._rank = arrive()
+        except UnknownFunctionError:
+            codes = [(name, self._functions[name].code) for name, _ in functions]
+            self._rank = self._session.submit([(tasks, codes, [])], self._rank)
+        except UnknownDependencyError as error:
+            raise as_missing_key(error) from error
+        self._session.known_functions.update(name for name, _ in functions)
 
     def add_graph(self, lowered: lowering.Lowered, outputs: Sequence[Key]) -> list[str]:
         """Add the nodes of a graph and hold its outputs; returns their key texts."""
@@ -202,12 +235,14 @@ class Submission:
                 sent = True
         finally:
             if not sent:
+                self._under_way = None  # who uses the connection next waits for it
                 self._session.forget(self._new, "its call failed")
                 # A part may have arrived.
                 self._session.releases.owe([*(s.text for s in self._new), *self._loans])
             self._session.order.release()
 
     def _send(self) -> None:
+        self._land()
         tasks = self._tasks
         if not tasks:
             return
@@ -216,9 +251,9 @@ class Submission:
             return
         try:
             try:
-                self._session.submit(self._chunks(codes=False))
+                self._session.submit(self._chunks(codes=False), self._rank)
             except UnknownFunctionError:
-                self._session.submit(self._chunks(codes=True))
+                self._session.submit(self._chunks(codes=True), self._rank)
         except UnknownDependencyError as error:
             raise as_missing_key(error) from error
         self._session.releases.owe(self._loans)

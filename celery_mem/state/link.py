@@ -59,6 +59,24 @@ def make_pool(
     return pool
 
 
+class Flight:
+    """A script that was sent and goes on while its caller does something else; `Link.launch` makes it."""
+
+    def __init__(self, link: Link, script: Script, args: tuple[Any, ...]) -> None:
+        self.reply: Any = None
+        self._link = link
+        self._script = script
+        self._args = args
+
+    def land(self) -> Any:
+        """Wait for the reply and return it; raises what `Link.run` does."""
+        self._link.await_flight(self)
+        if self.reply is None or isinstance(self.reply, ResponseError):
+            # The connection broke, or Redis refused for now or for good: the ordinary way deals with all of it.
+            return self._link.run(self._script, *self._args)
+        return self.reply
+
+
 class Link:
     """A connection used by one command, or one batch of commands, at a time; threads wait for each other.
 
@@ -74,6 +92,7 @@ class Link:
         self.address = address
         self.lock = threading.RLock()
         self._conn: AbstractConnection | None = None
+        self._flight: Flight | None = None  # whose reply is the next that the connection brings
         self._pid = os.getpid()
         self._aborted = False
 
@@ -116,6 +135,44 @@ class Link:
         except ResponseError as reply:
             raise_for_reply(reply, script.name)
 
+    def launch(self, script: Script, *args: Any) -> Flight:
+        """Send one script that may be repeated, and do not wait for its reply.
+
+        The link can be used meanwhile; who uses it first waits for that reply.
+        """
+        flight = Flight(self, script, args)
+        with self.lock:
+            try:
+                conn = self.connection()
+                self._take_reply(conn)
+                conn.send_packed_command(conn.pack_command("EVALSHA", script.sha, *args), check_health=False)
+                self._flight = flight
+            except (*BROKEN, RedisError):
+                self.close()
+        return flight
+
+    def await_flight(self, flight: Flight) -> None:
+        """Read the reply of a flight, unless that was done or its connection is gone."""
+        with self.lock:
+            if self._flight is not flight or self._conn is None or self._pid != os.getpid():
+                return
+            try:
+                self._take_reply(self._conn)
+            except BROKEN:
+                self.close()
+
+    def _take_reply(self, conn: AbstractConnection) -> None:
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            flight.reply = conn.read_response()
+        except ResponseError as error:
+            flight.reply = error
+        except BaseException:
+            self.close()
+            raise
+
     def batch(
         self, commands: Sequence[Command], again: Callable[[], Sequence[Command]] | None = None
     ) -> list[Any]:
@@ -156,6 +213,7 @@ class Link:
 
     def _batch_once(self, commands: Sequence[Command]) -> list[Any]:
         conn = self.connection()
+        self._take_reply(conn)
         try:
             if len(commands) == 1:
                 conn.send_packed_command(conn.pack_command(*commands[0]), check_health=False)
@@ -180,6 +238,7 @@ class Link:
         """Return the live connection, made anew after a fork or a failure. The caller holds `lock`."""
         if self._conn is None or self._pid != os.getpid():
             self._pid = os.getpid()
+            self._flight = None
             conn = self.pool.connection_class(**self.pool.connection_kwargs)
             conn.connect()
             self._conn = conn
@@ -196,6 +255,7 @@ class Link:
     def close(self) -> None:
         """Close the connection; the next command opens a new one."""
         conn, self._conn = self._conn, None
+        self._flight = None
         if conn is not None and self._pid == os.getpid():
             with contextlib.suppress(RedisError, OSError):  # it may be gone already
                 conn.disconnect()

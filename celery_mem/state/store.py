@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from redis.exceptions import ResponseError
@@ -254,12 +254,16 @@ class Store:
         return Store(self.link.twin(), self.settings, self.generation, now_ms=self.now_ms)
 
     def _run(self, name: str, *args: Any, **options: Any) -> Any:
-        now = "" if self.now_ms is None else self.now_ms
-        return self.link.run(load_script(name), 1, self._meta, self.generation, now, *args, **options)
+        return self.link.run(load_script(name), *self._head(), *args, **options)
 
     def _graph(self, name: str, *args: Any, **options: Any) -> Any:
-        budget, lease = self.settings.sweep_budget, _ms(self.settings.ticket_lease)
-        return self._run(name, budget, lease, *args, **options)
+        return self._run(name, *self._limits(), *args, **options)
+
+    def _head(self) -> tuple[Any, ...]:
+        return 1, self._meta, self.generation, "" if self.now_ms is None else self.now_ms
+
+    def _limits(self) -> tuple[int, int]:
+        return self.settings.sweep_budget, _ms(self.settings.ticket_lease)
 
     # --- clients ---
 
@@ -289,6 +293,37 @@ class Store:
             UnknownFunctionError: a hash came without code and no record uses it any more; send the code.
             UnknownClientError: the client's lease ran out.
         """
+        args = self._submit_args(client, epoch, tasks, functions, generation)
+        rank, tickets = self._graph("submit", *args, before=before)
+        return rank, _tickets(tickets)
+
+    def launch_submit(
+        self,
+        client: str,
+        epoch: int,
+        tasks: Iterable[NewTask],
+        functions: Iterable[tuple[str, bytes]] = (),
+        *,
+        generation: int | None = None,
+    ) -> Callable[[], tuple[int, Tickets]]:
+        """Do as `submit` without waiting; what is returned waits for the reply, and returns or raises as it does."""
+        args = self._submit_args(client, epoch, tasks, functions, generation)
+        flight = self.link.launch(load_script("submit"), *self._head(), *self._limits(), *args)
+
+        def land() -> tuple[int, Tickets]:
+            rank, tickets = flight.land()
+            return rank, _tickets(tickets)
+
+        return land
+
+    def _submit_args(
+        self,
+        client: str,
+        epoch: int,
+        tasks: Iterable[NewTask],
+        functions: Iterable[tuple[str, bytes]],
+        generation: int | None,
+    ) -> list[Any]:
         pairs = list(functions)
         args: list[Any] = [
             client,
@@ -317,8 +352,7 @@ class Store:
             args += (key, function, payload, blob, priority, order, retries, held)
             args += (constraint, prefer, len(deps))
             args += deps
-        rank, tickets = self._graph("submit", *args, before=before)
-        return rank, _tickets(tickets)
+        return args
 
     def put(
         self, client: str, epoch: int, data: Iterable[NewData], *, before: Sequence[Command] = ()

@@ -152,7 +152,7 @@ if #keys > 0 then
       else inputs[n + 2], inputs[n + 3] = '-', '' end
       n = n + 3
     end
-    taken[i] = {key, r.attempt, r.fn, payload or '', payload_blob or '', inputs}
+    taken[i] = {key, r.attempt, function_of(r), payload or '', payload_blob or '', inputs}
   end
   for i = 1, #owned, 2000 do
     redis.call('HSET', P .. K.slot .. slot, unpack(owned, i, math.min(i + 1999, #owned)))

@@ -32,7 +32,7 @@ local function keep_payload_again(r, token)
   if has_flag(r, L.payload_blob) and extra(r, F.payload_blob) == token then keep_blob(token, r.key) end
 end
 
-local tasks, in_chunk = {}, {}
+local tasks, in_chunk, names = {}, {}, {}
 while at <= #ARGV do
   local key, n_deps, deps = ARGV[at], tonumber(ARGV[at + 10]), false
   if ARGV[at + 1] == '' then return redis.error_reply('UNKNOWN_FUNCTION of ' .. key) end
@@ -46,47 +46,51 @@ while at <= #ARGV do
     end
   end
   in_chunk[key] = true
+  names[#names + 1] = P .. K.task .. key
   tasks[#tasks + 1] = {at = at, key = key, deps = deps, standing = false}
   at = at + 11 + n_deps
 end
+
+local n_known = 0
+for i = 1, #names, 2000 do n_known = n_known + redis.call('EXISTS', unpack(names, i, math.min(i + 1999, #names))) end
 
 -- Checked; from here on only writes.
 if generation == '' then generation = redis.call('HINCRBY', KEYS[1], M.submissions, 1) end
 local reply_generation, rerun = tonumber(generation), {}
 generation = string.format('%010x', generation)
-local function add_fields(list, field, value)
-  local n = #list
-  list[n + 1], list[n + 2] = field, value
-end
 for _, task in ipairs(tasks) do
   local a, key = task.at, task.key
-  local r = records[key] or redis.call('EXISTS', P .. K.task .. key) == 1 and load(key)
+  local r = records[key] or n_known > 0 and load(key)
   local known = r
   if not r then
     local fn, blob = ARGV[a + 1], ARGV[a + 3]
-    local fresh = blob == '' and {F.payload, ARGV[a + 2]} or {F.payload_blob, blob}
     r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, attempt = '',
-      flags = blob ~= '' and L.payload_blob or '', holders = '', rank = string.format('%s%06x', generation, ARGV[a + 5]),
-      priority = ARGV[a + 4], fn = fn, deps_text = nil, deps = false, dirty = false, fresh = fresh}
+      flags = '', holders = '', recipe = string.format('%s%06x %s %s', generation, ARGV[a + 5], ARGV[a + 4], fn)}
     records[key] = r
     touch(r)
+    write_along(r, F.recipe, r.recipe)
+    if blob == '' then write_along(r, F.payload, ARGV[a + 2])
+    else
+      write_along(r, F.payload_blob, blob)
+      add_flag(r, L.payload_blob)
+    end
     count_function(fn, 1)
     if blob ~= '' then keep_blob(blob, key) end
-    if ARGV[a + 6] ~= '0' then add_fields(fresh, F.retries, ARGV[a + 6]) end
+    if ARGV[a + 6] ~= '0' then write_along(r, F.retries, ARGV[a + 6]) end
     if ARGV[a + 8] ~= '' then
       r.constraint = ARGV[a + 8]
-      add_fields(fresh, F.constraint, r.constraint)
+      write_along(r, F.constraint, r.constraint)
       add_flag(r, L.constraint)
       count_constraint(r.constraint, 1)
     end
     if ARGV[a + 9] ~= '' then
-      add_fields(fresh, F.prefer, ARGV[a + 9])
+      write_along(r, F.prefer, ARGV[a + 9])
       add_flag(r, L.prefer)
     end
     if task.deps then
       r.deps = task.deps
       r.deps_text = table.concat(task.deps, '\n')
-      add_fields(fresh, F.deps, r.deps_text)
+      write_along(r, F.deps, r.deps_text)
       for _, dep in ipairs(task.deps) do redis.call('HSET', P .. K.dependents .. dep, key, '') end
     end
   end

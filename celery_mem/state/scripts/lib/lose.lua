@@ -18,7 +18,7 @@ local function lose_copy(key, token, place)
   if not has_copy(r, token, place) then return end
   remove_copy(r, place)
   if #r.copies.places > 0 then return end
-  local is_lost = not r.fn
+  local is_lost = not r.recipe
   drop_data(r)
   clear_data(r)
   notify(r, is_lost and 'l' or 'p')

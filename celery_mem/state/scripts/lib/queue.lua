@@ -29,11 +29,11 @@ end
 
 -- Queue and member of a ready task, as its record says.
 local function entry_of(r)
-  if r.flags == '' then return SHARED, r.rank .. r.key end
-  if has_flag(r, L.constraint) then return picky_queue(signature_of(r)), r.rank .. r.key end
+  if r.flags == '' then return SHARED, rank_of(r) .. r.key end
+  if has_flag(r, L.constraint) then return picky_queue(signature_of(r)), rank_of(r) .. r.key end
   local home = home_of(r)
-  if home then return home_queue(string.sub(home, 2)), r.rank .. string.sub(home, 1, 1) .. r.key end
-  return SHARED, r.rank .. r.key
+  if home then return home_queue(string.sub(home, 2)), rank_of(r) .. string.sub(home, 1, 1) .. r.key end
+  return SHARED, rank_of(r) .. r.key
 end
 
 local function enqueue(r)
@@ -125,7 +125,7 @@ local function flush_queues()
       lists[queue] = list
     end
     local n = #list
-    list[n + 1], list[n + 2] = r.priority == '0' and 0 or -tonumber(r.priority), member
+    list[n + 1], list[n + 2] = priority_of(r) == '0' and 0 or -tonumber(r.priority), member
     count_added(r, member)
   end
   for queue, list in pairs(lists) do call_in_parts('ZADD', list, queue) end

@@ -4,30 +4,54 @@ local records, touched = {}, {}
 
 local function split(text)
   local out = {}
-  if text and text ~= '' then
-    for item in string.gmatch(text, '[^\n]+') do out[#out + 1] = item end
+  if not text or text == '' then return out end
+  local n, at, line_end = 0, 1, string.find(text, '\n', 1, true)
+  while line_end do
+    n = n + 1
+    out[n] = string.sub(text, at, line_end - 1)
+    at = line_end + 1
+    line_end = string.find(text, '\n', at, true)
   end
+  out[n + 1] = string.sub(text, at)
   return out
 end
 
--- A number as text; to format one takes longer than all else that a record costs.
-local digits = {}
-local function text_of(n)
-  local text = digits[n]
-  if not text then
-    text = string.format('%d', n)
-    digits[n] = text
-  end
+-- Numbers as texts and back: to print or read one takes as long as a short command.
+local digits = setmetatable({}, {__index = function(known, n)
+  local text = string.format('%d', n)
+  known[n] = text
   return text
-end
+end})
+local numbers = setmetatable({}, {__index = function(known, text)
+  local n = tonumber(text)
+  known[text] = n
+  return n
+end})
 
--- The fields `core` and `recipe`, as CORE and RECIPE in keys.py say.
+-- The field `core`, as CORE in keys.py says.
 local function core_of(r)
-  return r.state .. ' ' .. text_of(r.needed) .. ' ' .. text_of(r.waiting) .. ' ' .. r.attempt .. ' ' .. r.flags
+  return r.state .. ' ' .. digits[r.needed] .. ' ' .. digits[r.waiting] .. ' ' .. r.attempt .. ' ' .. r.flags
     .. '\n' .. r.holders
 end
 
-local function recipe_of(r) return r.rank .. ' ' .. r.priority .. ' ' .. r.fn end
+-- What the field `recipe` says, as RECIPE in keys.py tells: looked at by few transitions.
+local function read_recipe(r) r.rank, r.priority, r.fn = string.match(r.recipe, '^(%x+) (%S+) (.*)$') end
+
+local function rank_of(r)
+  if not r.rank then read_recipe(r) end
+  return r.rank
+end
+
+local function priority_of(r)
+  if not r.priority then read_recipe(r) end
+  return r.priority
+end
+
+-- The hash of the function, nil for scattered data.
+local function function_of(r)
+  if not r.fn and r.recipe then read_recipe(r) end
+  return r.fn
+end
 
 -- The record of key, or false. Holds what most transitions look at; extra() reads the rest. Returns the payload and
 -- its blob's token too where `with_payload` asks for them.
@@ -39,13 +63,9 @@ local function load(key, with_payload)
     if with_payload then v = redis.call('HMGET', name, F.core, F.recipe, F.deps, F.payload, F.payload_blob)
     else v = redis.call('HMGET', name, F.core, F.recipe, F.deps) end
     if not v[1] then records[key] = false return false end
-    local state, needed, waiting, attempt, flags, holders =
-      string.match(v[1], '^(%a+) (%d+) (%d+) (%d*) (%a*)\n(.*)$')
-    local rank, priority, fn
-    if v[2] then rank, priority, fn = string.match(v[2], '^(%x+) (%S+) (.*)$') end
-    r = {key = key, name = name, state = state, needed = tonumber(needed), waiting = tonumber(waiting), attempt = attempt,
-      flags = flags, holders = holders, rank = rank, priority = priority, fn = fn, deps_text = v[3], deps = false,
-      dirty = false, fresh = false}
+    local state, needed, waiting, attempt, flags, at = string.match(v[1], '^(%a+) (%d+) (%d+) (%d*) (%a*)\n()')
+    r = {key = key, name = name, state = state, needed = numbers[needed], waiting = numbers[waiting], attempt = attempt,
+      flags = flags, holders = string.sub(v[1], at), recipe = v[2], deps_text = v[3]}
     records[key] = r
     return r, v[4], v[5]
   end
@@ -56,7 +76,26 @@ local function load(key, with_payload)
   return r
 end
 
-local function extra(r, field) return redis.call('HGET', r.name, field) end
+-- Fields to be written along with the core: field, value, field, value, ...
+local function write_along(r, field, value)
+  local along = r.along
+  if not along then
+    along = {}
+    r.along = along
+  end
+  local n = #along
+  along[n + 1], along[n + 2] = field, value
+end
+
+local function extra(r, field)
+  local along = r.along
+  if along then
+    for i = 1, #along, 2 do
+      if along[i] == field then return along[i + 1] end
+    end
+  end
+  return redis.call('HGET', r.name, field)
+end
 
 local function has_flag(r, flag) return r.flags ~= '' and string.find(r.flags, flag, 1, true) end
 
@@ -119,6 +158,12 @@ local function holders_of(r) return string.gmatch(r.holders, '([^\n]+) (%d+)') e
 
 local function remove_holder(r, id)
   if r.holders == '' then return false end
+  local before, after = string.find(r.holders, id .. ' ', 1, true)
+  if before == 1 and string.find(r.holders, '^%d+$', after + 1) then      -- the only one, as mostly
+    r.holders = ''
+    touch(r)
+    return true
+  end
   local text, at = '\n' .. r.holders .. '\n', 1
   while true do
     local from, to = string.find(text, '\n' .. id .. ' ', at, true)
@@ -162,10 +207,16 @@ local function disown(slot, key)
   keys[#keys + 1] = key
 end
 
--- A record made by this call: `fresh` holds its remaining fields and values.
-local function write_fresh(r)
-  redis.call('HSET', r.name, F.core, core_of(r), F.recipe, recipe_of(r), unpack(r.fresh))
-  r.fresh = false
+-- Records that are gone.
+local forgotten = {}
+
+local function write_record(r)
+  local along = r.along
+  if not along then redis.call('HSET', r.name, F.core, core_of(r))
+  else
+    r.along = nil
+    redis.call('HSET', r.name, F.core, core_of(r), unpack(along))
+  end
 end
 
 local function flush_records()
@@ -174,12 +225,11 @@ local function flush_records()
       redis.call('HDEL', P .. K.slot .. slot, unpack(keys, i, math.min(i + 1999, #keys)))
     end
   end
+  for i = 1, #forgotten, 2000 do redis.call('UNLINK', unpack(forgotten, i, math.min(i + 1999, #forgotten))) end
   for i = 1, #touched do
     local r = touched[i]
-    r.dirty = false
-    if records[r.key] == r then
-      if r.fresh then write_fresh(r) else redis.call('HSET', r.name, F.core, core_of(r)) end
-    end
+    r.dirty = nil
+    if records[r.key] == r then write_record(r) end
   end
   for hash, n in pairs(function_delta) do
     if n ~= 0 and redis.call('HINCRBY', P .. K.functions, hash, n) <= 0 then
@@ -195,5 +245,5 @@ local function flush_records()
       redis.call('HDEL', P .. K.unrunnable, signature)
     end
   end
-  touched, disowned, function_delta, constraint_delta = {}, {}, {}, {}
+  forgotten, touched, disowned, function_delta, constraint_delta = {}, {}, {}, {}, {}
 end

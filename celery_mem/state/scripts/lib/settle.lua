@@ -46,19 +46,19 @@ local function drop_data(r)
   remove_copies(r)
   let_go_of_contained(r)
   r.data_dropped = true
-  set_state(r, r.fn and 'released' or 'lost')
+  set_state(r, r.recipe and 'released' or 'lost')
 end
 
 local function clear_data(r)
-  r.data_dropped = nil
+  r.data_dropped, r.along = nil, nil
   redis.call('HDEL', r.name, F.value, F.result)
 end
 
 local function forget(r)
   if has_flag(r, L.payload_blob) then drop_blob(extra(r, F.payload_blob), r.key) end
   if has_flag(r, L.constraint) then count_constraint(signature_of(r), -1) end
-  redis.call('UNLINK', r.name)
-  if r.fn then count_function(r.fn, -1) end
+  forgotten[#forgotten + 1] = r.name
+  if r.recipe then count_function(function_of(r), -1) end
   records[r.key] = false
   if not r.deps_text then return end
   for _, dep in ipairs(deps_of(r)) do
@@ -169,12 +169,8 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, p
   local was_active = ACTIVE[r.state]
   r.waiting = 0
   set_state(r, 'memory')
-  if is_value then
-    redis.call('HSET', r.name, F.result, nbytes .. ' ' .. type_name, F.value, data)
-  else
-    redis.call('HSET', r.name, F.result, nbytes .. ' ' .. type_name)
-    begin_copies(r, data, maker, nbytes, place)
-  end
+  write_along(r, F.result, nbytes .. ' ' .. type_name)
+  if is_value then write_along(r, F.value, data) else begin_copies(r, data, maker, nbytes, place) end
   if contains ~= '' then
     redis.call('HSET', r.name, F.contains, contains)
     add_flag(r, L.contains)
