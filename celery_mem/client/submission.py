@@ -37,8 +37,8 @@ class Submission:
         client: whose call it is.
         priority, retries: for all tasks, where annotations do not say otherwise.
         placing: where they may run.
-        streams: chunks are sent as they fill up, while others are still being made; only for tasks that do not
-            depend on each other.
+        streams: chunks are sent as they fill up, while others are still being made; only for tasks that do
+            not depend on each other.
         annotations: name -> {key: value}, of Dask.
     """
 

@@ -75,8 +75,8 @@ TASK = {
     "home": "j",  # while ready and in the queue of a node: size class + node
 }
 CORE = ("state", "needed", "waiting", "attempt", "flags", "holders")
-"""What the core of a record says, which nearly every transition reads and writes, hence one field: words with one
-space between, and the holders in lines of their own.
+"""What the core of a record says, which nearly every transition reads and writes, hence one field: words with
+one space between, and the holders in lines of their own.
 
 - needed: Invariant: number of dependents that are waiting, ready or processing.
 - waiting: Invariant: number of deps not in memory, while waiting.

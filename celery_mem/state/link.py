@@ -72,7 +72,7 @@ class Flight:
         """Wait for the reply and return it; raises what `Link.run` does."""
         self._link.await_flight(self)
         if self.reply is None or isinstance(self.reply, ResponseError):
-            # The connection broke, or Redis refused for now or for good: the ordinary way deals with all of it.
+            # The connection broke, or Redis refused, for now or for good: the ordinary way deals with it.
             return self._link.run(self._script, *self._args)
         return self.reply
 

@@ -306,7 +306,7 @@ class Store:
         *,
         generation: int | None = None,
     ) -> Callable[[], tuple[int, Tickets]]:
-        """Do as `submit` without waiting; what is returned waits for the reply, and returns or raises as it does."""
+        """Do as `submit` without waiting; what is returned waits for the reply, and returns or raises so."""
         args = self._submit_args(client, epoch, tasks, functions, generation)
         flight = self.link.launch(load_script("submit"), *self._head(), *self._limits(), *args)
 

@@ -8,11 +8,12 @@ import functools
 import operator
 import queue
 import random
+import threading
 
 import pytest
 
 from celery_mem.errors import FutureCancelledError, MissingKeyError, SerializationError
-from tests.on_cluster import Box, add, count_call, fail_until, identity, inc, server, unbox, until
+from tests.on_cluster import Box, add, count_call, fail_until, identity, inc, server, task_keys, unbox, until
 
 Point = collections.namedtuple("Point", "x y")
 
@@ -275,12 +276,12 @@ class TestMap:
         pairs = client.map(add, leaves[::2], leaves[1::2])
         assert sum(client.gather(pairs)) == sum(range(1, 1_201))
 
-    def test_that_cannot_pickle_one_argument_submits_nothing(self, client, cluster):
-        import threading
-
+    @pytest.mark.parametrize("n_good", [2, 1_700], ids=["few", "more than chunks that are sent by then"])
+    def test_that_cannot_pickle_one_argument_leaves_nothing(self, client, cluster, n_good):
         with pytest.raises(SerializationError, match="lock"):
-            client.map(identity, [1, 2, threading.Lock()])
-        assert client.info()["tasks"] == {}
+            client.map(identity, [*range(n_good), threading.Lock()])
+        assert until(lambda: not task_keys(cluster))
+        assert client.submit(identity, n_good).result() == n_good
 
 
 class TestArguments:
@@ -291,14 +292,10 @@ class TestArguments:
         assert client.submit(identity, data).result() == data
 
     def test_an_argument_that_cannot_be_pickled_is_named_at_the_call(self, client):
-        import threading
-
         with pytest.raises(SerializationError, match=r"arguments.*lock"):
             client.submit(identity, threading.Lock())
 
     def test_a_function_that_cannot_be_pickled_is_named_at_the_call(self, client):
-        import threading
-
         lock = threading.Lock()
         with pytest.raises(SerializationError, match=r"function <?lambda.*lock"):
             client.submit(lambda: lock)
