@@ -102,6 +102,7 @@ def task_table(task: Mapping[str, Any]) -> RenderableType:
         "waits for": f"{task['waiting']:,} dependencies" if task["waiting"] else None,
         "needed by": f"{task['needed']:,} unfinished tasks" if task["needed"] else None,
         "holders": "\n".join(task["holders"]) or "none",
+        "given": "\n".join(task["given"]) or None,
         "dependencies": _listing(task["dependencies"]),
         "dependents": _listing(task["dependents"]),
         "contains": "\n".join(task["contains"][:LISTED]),

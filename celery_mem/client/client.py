@@ -669,7 +669,8 @@ class Client(DataMethods):
         """Cancel tasks, and those that depend on them, as far as no other client holds them.
 
         Work that has not started does not start; the result of a running task is discarded. The futures here
-        are cancelled when this returns. Submitting again runs anew.
+        are cancelled when this returns. Submitting again runs anew. A task that was submitted when a small
+        input was there already has that input in itself: to cancel the input leaves the task alone.
 
         Args:
             futures: a future, a collection, or containers of them.

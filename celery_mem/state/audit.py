@@ -428,7 +428,7 @@ def _check_records(c: Contents) -> Iterator[Violation]:
 def _check_flags(row: Row) -> Iterator[Violation]:
     flagged = {name for name, letter in FLAGS.items() if letter in row.flags}
     fields = row.fields & FLAGS.keys() | ({"copies"} if "copies_on" in row.fields else set())
-    if flagged - {"near"} != fields:
+    if flagged - {"near", "known"} != fields:
         yield Violation("flags", row.key, f"has {sorted(fields)} and flags for {sorted(flagged)}")
     if row.home and not flagged & {"near", "prefer"}:  # the scripts would look for it in the shared queue
         yield Violation("flags", row.key, f"has home {row.home!r} and flags for {sorted(flagged)}")

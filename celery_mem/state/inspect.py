@@ -10,7 +10,7 @@ from redis.exceptions import ResponseError
 
 from celery_mem.state.keys import META, NODE, REPLICAS, TASK
 from celery_mem.state.link import Link
-from celery_mem.state.records import read_core, read_recipe, read_result, state_of
+from celery_mem.state.records import read_core, read_given, read_recipe, read_result, state_of
 from celery_mem.state.store import REDIS, Store
 
 _PAGE = 1_000
@@ -77,6 +77,7 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
         retries (left), deaths, function (hash), payload_nbytes (None if it is a blob), nbytes, type,
         places (nodes, and "@redis" for a small value or a blob), copies (number wanted), copies_on (nodes
         that are to have one), blame (key of the task that raised the error), error (bytes), and
+        - given: keys of inputs that were there and small when it was submitted, and are part of it
         - dependencies, dependents: key -> state, in order; a state of None means that there is no record
         - holders: client id -> epoch; "@key" is the result of `key`, which contains a future
         - contains: keys of the futures inside the result
@@ -122,6 +123,7 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
         "copies_on": _lines(row["copies_on"]),
         "blame": blame,
         "error": link.call("HGET", of("task", blame), TASK["error"]) if blame else None,
+        "given": [key for key, _ in read_given(found["given"]).values()],
         "dependencies": _states(store, _lines(row["deps"])),
         "dependents": _states(store, sorted(dep.decode() for dep in dependents)),
         "holders": dict(core.holders),

@@ -59,6 +59,7 @@ TASK = {
     "payload": "p",  # pickled arguments
     "payload_blob": "q",  # token of the blob that holds a large payload
     "deps": "d",  # keys joined by newlines
+    "given": "g",  # see GIVEN
     "owner": "o",  # slot of the current or last attempt
     "result": "b",  # size of the result and the name of its type, with a space between
     "value": "v",  # the result, if small
@@ -93,10 +94,17 @@ RECIPE = ("rank", "priority", "function")
 - priority: the user's, higher runs first.
 - function: hash of the pickled function.
 """
+GIVEN = ("place", "nbytes", "key", "value")
+"""Inputs that were there, and small, when the task was submitted. They are part of it from then on: it does not
+depend on those keys, and they may be freed. For each three words with one space between, a newline, and the value.
+
+- place: among all inputs of the task, from 1; its deps are the others, in order.
+"""
 FLAGS = {
     "payload_blob": "p",
     "replicas": "r",
     "contains": "c",
+    "known": "u",  # some record depends on it, or did
     "near": "n",  # some input has or had replicas: where they are may decide on the queue
     "copies": "m",  # copies or copies_on
     "constraint": "k",

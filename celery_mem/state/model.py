@@ -43,6 +43,8 @@ TRANSITIONS: dict[str, frozenset[str]] = {
     LOST: frozenset({MEMORY}),
 }
 """State -> the states that may follow it. Only a released, erred or lost record may be forgotten."""
+LARGEST_GIVEN, MOST_GIVEN = 512, 4096
+"""Bytes of one value that becomes part of a task, and of all of a task; as lib/given.lua has them."""
 
 
 class Task(NamedTuple):
@@ -148,6 +150,7 @@ class Record:
     places: set[str] = field(default_factory=set)  # Invariant: some exactly in state memory without a value
     copies: int = 1  # wanted number of nodes with a copy
     copies_on: tuple[str, ...] = ()  # nodes that are to have one
+    given: dict[int, tuple[str, bytes]] = field(default_factory=dict)  # place among the inputs -> key, value
     constraint: str = ""
     prefer: tuple[str, ...] = ()
     home: str = ""  # while ready, the node in whose queue it is; empty: another queue
@@ -236,7 +239,7 @@ class Model:
             known.add(task.key)
         for task in tasks:
             if (record := self.records.get(task.key)) is None:
-                record = self._create(task, generation)
+                record = self._create(task, generation, {t.key for t in tasks})
             stale_error = (
                 not record.holders and record.state == ERRED and not self._erred_dependents(task.key)
             )
@@ -503,14 +506,30 @@ class Model:
         record.maker, record.places = "", set()
         record.home, record.letter, record.homes, record.is_placed = "", "", set(), False
 
-    def _create(self, task: Task, generation: int) -> Record:
+    def _create(self, task: Task, generation: int, new: set[str]) -> Record:
         rank = f"{generation:010x}{task.order:06x}"
+        given = self._give(task.deps, new)
+        deps = tuple(key for place, key in enumerate(task.deps, 1) if place not in given)
         record = Record(
-            task.key, RELEASED, task.function, task.payload, task.deps, task.priority, rank, task.retries
+            task.key, RELEASED, task.function, task.payload, deps, task.priority, rank, task.retries
         )
+        record.given = given
         record.constraint, record.prefer = task.constraint, task.prefer
         self.records[task.key] = record
         return record
+
+    def _give(self, keys: Sequence[str], new: set[str]) -> dict[int, tuple[str, bytes]]:
+        """Inputs that become part of a task: those that are there, small, hold nothing, and are not `new`."""
+        given: dict[int, tuple[str, bytes]] = {}
+        room = MOST_GIVEN
+        for place, key in enumerate(keys, 1):
+            data = self.records[key].data
+            if key in new or data is None or data.value is None or data.contains:
+                continue
+            if len(data.value) <= min(LARGEST_GIVEN, room):
+                given[place] = key, data.value
+                room -= len(data.value)
+        return given
 
     def _remember(self, record: Record, data: Data, maker: str = "") -> None:
         self._become(record, MEMORY)
@@ -727,6 +746,7 @@ class Model:
                 "function": r.function,
                 "payload": r.payload,
                 "deps": list(r.deps),
+                "given": r.given,
                 "priority": r.priority,
                 "rank": r.rank,
                 "retries": r.retries,

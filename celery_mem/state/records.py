@@ -54,6 +54,18 @@ def read_recipe(raw: bytes | None) -> Recipe | None:
     return Recipe(rank, float(priority), function)
 
 
+def read_given(raw: bytes | None) -> dict[int, tuple[str, bytes]]:
+    """Return the given inputs, see `keys.GIVEN`: place among all inputs, from 1, -> key and value."""
+    found: dict[int, tuple[str, bytes]] = {}
+    rest = raw or b""
+    while rest:
+        head, _, rest = rest.partition(b"\n")
+        place, nbytes, key = head.decode(errors="surrogateescape").split(" ", 2)
+        found[int(place)] = key, rest[: int(nbytes)]
+        rest = rest[int(nbytes) :]
+    return found
+
+
 def read_result(raw: bytes | None) -> Result | None:
     """Take size and type of a result apart; None where there is none."""
     if raw is None:

@@ -113,12 +113,25 @@ class TestIntermediates:
         assert client.future(key).result(timeout=20) == 2
 
     def test_scattered_data_that_only_its_lineage_needs_goes(self, client, cluster):
-        x = client.scatter([1, 2], as_one=True)
+        x = client.scatter([1] * 1_000, as_one=True)
         key, y = x.key, client.submit(sum, x)
-        assert y.result() == 3
+        assert y.result() == 1_000
         del x
         assert until(lambda: state(cluster, key) == "lost")
-        assert y.result() == 3
+        assert y.result() == 1_000
+
+    def test_small_ones_that_are_there_become_part_of_what_needs_them(self, client, cluster, gate):
+        x = client.submit(inc, 1)
+        x.result()
+        y = client.submit(gate.pass_, x)
+        gate.next_reached()
+        key = x.key
+        del x
+        assert until(lambda: task_keys(cluster) == [y.key])
+        assert client.future(y.key).key == y.key
+        gate.open()
+        assert y.result() == 2
+        assert key not in task_keys(cluster)
 
 
 class TestFunctions:

@@ -31,6 +31,7 @@ from celery_mem.state.keys import TASK
 from celery_mem.state.link import Command, Link
 from celery_mem.state.model import (
     ERRED,
+    LARGEST_GIVEN,
     MEMORY,
     PROCESSING,
     READY,
@@ -43,7 +44,7 @@ from celery_mem.state.model import (
     Model,
     Task,
 )
-from celery_mem.state.records import read_result
+from celery_mem.state.records import read_given, read_result
 from celery_mem.state.store import REDIS, Store
 from tests.conftest import NOW_MS, delete_namespace, fake_link
 
@@ -72,7 +73,7 @@ def new_store(link: Link, budget: int) -> Store:
         url="redis://not-used",
         namespace=f"machine{next(_namespaces)}",
         sweep_budget=budget,
-        notice_limit=16,
+        notice_limit=1000,
         allowed_failures=1,
     )
     store = Store.connect(config, link)
@@ -254,9 +255,13 @@ class Twins:
         for t in found:
             record = self.model.records[t.key]
             assert (t.function, t.payload, t.payload_blob) == (record.function, record.payload, "")
-            assert [i.key for i in t.inputs] == list(record.deps)
-            for i in t.inputs:
-                self.check_input(i)
+            given = record.given
+            for place, i in enumerate(t.inputs, 1):
+                if place in given:
+                    assert i == scripts.Input(given[place][0], "v", given[place][1])
+                else:
+                    self.check_input(i)
+            assert [i.key for p, i in enumerate(t.inputs, 1) if p not in given] == list(record.deps)
             if "r" in mode and t.key in owned and taken[t.key] <= last:
                 assert taken[t.key] == record.attempt
             else:
@@ -470,19 +475,20 @@ def _distinct(items: Iterable[Any]) -> list[Any]:
 def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
     """The state of a namespace, read already or not, in the form of `Model.snapshot`."""
     c = contents or read(store)
-    names = [TASK[name] for name in ("payload", "value", "error", "result", "retries", "deaths")]
+    names = [TASK[name] for name in ("payload", "value", "error", "result", "retries", "deaths", "given")]
     rows = sorted(c.records.items())
     asked = [("HMGET", store.keys.of("task", key), *names) for key, _ in rows]
     bulk = store.link.batch(asked) if rows else []
     records = {}
     for (key, row), reply in zip(rows, bulk, strict=True):
-        payload, value, error, result, retries, deaths = reply
+        payload, value, error, result, retries, deaths, given = reply
         about = read_result(result)
         records[key] = {
             "state": row.state,
             "function": row.function or None,
             "payload": payload or b"",
             "deps": row.deps,
+            "given": read_given(given),
             "priority": row.priority,
             "rank": row.rank,
             "retries": int(retries or 0),
@@ -544,11 +550,13 @@ def take_notices(store: Store) -> list[tuple[str, str, int, str, bytes]]:
 
 # --- random events ------------------------------------------------------------------------------------------
 
+MEDIUM = bytes(LARGEST_GIVEN + 1)
+"""A value in its record that is too large to become part of tasks that need it."""
 DATA = st.builds(
     Data,
     nbytes=st.sampled_from([0, 9, 200_000, 50_000_000]),
     type=st.sampled_from(["int", "ndarray"]),
-    value=st.sampled_from([b"", b"abc", None, None]),
+    value=st.sampled_from([b"", b"abc", MEDIUM, None, None]),
     place=st.sampled_from(PLACES),
 )
 
@@ -1142,7 +1150,7 @@ def test_a_second_result_of_one_attempt_vanishes(twins):
 
 
 def test_force_goes_on_to_dependents_of_a_key_that_a_result_keeps(twins):
-    twins.put("alice", 1, "d0", Data(1, "int", b"1"))
+    twins.put("alice", 1, "d0", Data(1, "int", MEDIUM))
     twins.put("alice", 2, "d1", Data(1, "int", b"1", ("d0",)))
     twins.submit("bob", 3, 1, [a_task("k00", "d0")])
     twins.cancel("alice", ["d0"], force=True)
@@ -1277,3 +1285,18 @@ def test_no_copies_are_wanted_of_what_is_only_lineage(twins):
     run(twins, "k01")
     twins.want_copies(["k00", "k01"], 2, ("a@one",))
     assert read(twins.store).copies == {"k01"}
+
+
+def test_given_inputs_come_in_their_places_among_the_others(twins):
+    twins.put("alice", 1, "d0", Data(3, "int", b"a\nb"))
+    twins.put("alice", 2, "d1", Data(3, "int", MEDIUM))
+    twins.put("alice", 3, "d2", Data(0, "int", b""))
+    twins.submit("bob", 4, 1, [a_task("k00", "d0", "d1", "d2")])
+    twins.release("alice", ["d0", "d1", "d2"])
+    twins.take("s1", 1)
+    taken = twins.store.step("s1", SLOTS["s1"], mode="r", want=1).taken
+    assert [(i.key, i.kind, i.data) for i in taken[0].inputs] == [
+        ("d0", "v", b"a\nb"),
+        ("d1", "v", MEDIUM),
+        ("d2", "v", b""),
+    ]

@@ -9,6 +9,7 @@ from celery_mem.state.model import Back, Data, Done, Failed, Missing, Model, Not
 from celery_mem.state.store import REDIS
 
 SMALL = Data(3, "bytes", b"abc")
+MEDIUM = Data(1000, "bytes", bytes(1000))  # too large to become part of tasks that need it
 LARGE = Data(1 << 20, "ndarray")
 
 
@@ -57,6 +58,7 @@ def test_a_task_without_dependencies_is_ready_at_once(model):
         "function": "f",
         "payload": b"call",
         "deps": [],
+        "given": {},
         "priority": 0,
         "rank": "0000000007000009",
         "retries": 0,
@@ -464,7 +466,7 @@ def test_scattered_data_is_in_memory_while_held(model):
 
 
 def test_scattered_data_that_is_dropped_is_lost_and_errs_what_needs_it_again(model):
-    model.put("alice", 1, "x", SMALL)
+    model.put("alice", 1, "x", MEDIUM)
     model.submit("alice", 2, 2, [task("y", "x")])
     run(model, "y")
     model.release("alice", ["x"])
@@ -476,7 +478,7 @@ def test_scattered_data_that_is_dropped_is_lost_and_errs_what_needs_it_again(mod
 
 
 def test_hold_on_lost_data_is_told_that_it_is_lost(model):
-    model.put("alice", 1, "x", SMALL)
+    model.put("alice", 1, "x", MEDIUM)
     model.submit("alice", 2, 2, [task("y", "x")])
     run(model, "y")
     model.release("alice", ["x"])
@@ -738,3 +740,37 @@ def test_a_paused_node_will_take_tasks_again_and_a_retiring_one_will_not(places)
         places.heartbeat(node, status="retiring")
 
     assert places.unrunnable() == {"": 1}
+
+
+# --- given inputs -------------------------------------------------------------------------------------------
+
+
+def test_an_input_that_is_there_and_small_becomes_part_of_the_task(model):
+    model.put("alice", 1, "x", SMALL)
+    model.submit("alice", 2, 2, [task("y", "x")])
+    assert model.records["y"].given == {1: ("x", b"abc")}
+    assert model.records["y"].deps == ()
+
+    model.release("alice", ["x"])
+    assert states(model) == {"y": "ready"}
+
+
+def test_inputs_that_are_large_hold_others_or_are_not_there_are_depended_on(model):
+    model.put("alice", 1, "inner", SMALL)
+    model.put("alice", 2, "outer", SMALL._replace(contains=("inner",)))
+    model.put("alice", 3, "large", LARGE)
+    model.put("alice", 4, "medium", MEDIUM)
+    inputs = ("outer", "large", "inner", "medium", "new")
+    model.submit("alice", 5, 1, [task("new"), task("y", *inputs)])
+    assert model.records["y"].deps == ("outer", "large", "medium", "new")
+    assert model.records["y"].given == {3: ("inner", b"abc")}
+
+
+def test_a_task_is_given_no_more_than_it_has_room_for(model):
+    value = Data(500, "bytes", bytes(500))
+    inputs = [f"x{i}" for i in range(10)]
+    for i, key in enumerate(inputs):
+        model.put("alice", i, key, value)
+    model.submit("alice", 10, 1, [task("y", *inputs)])
+    assert len(model.records["y"].given) == 8
+    assert model.records["y"].deps == ("x8", "x9")

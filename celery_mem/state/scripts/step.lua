@@ -1,5 +1,5 @@
 -- The one call of the slot loop: report what was done, take what is next.
--- LIB         record notices nodes copies queue tickets settle lose take relief
+-- LIB         record given notices nodes copies queue tickets settle lose take relief
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 slot            str
 --             6 node            str
@@ -133,26 +133,38 @@ if takes then
   if #next_keys == 0 and #keys == 0 then next_keys = steal(node, ticket_lease) end
   for _, key in ipairs(next_keys) do keys[#keys + 1] = key end
 end
+local function inputs_of(r, given_text)
+  local given, n_given = read_given(given_text or '')
+  local inputs, deps, next_dep = {}, deps_of(r), 1
+  for place = 1, #deps + n_given do
+    local key, kind, data
+    local found = given[place]
+    if found then key, kind, data = found.key, 'v', found.value
+    else
+      key = deps[next_dep]
+      next_dep = next_dep + 1
+      local v = redis.call('HMGET', P .. K.task .. key, F.value, F.replicas)
+      if v[1] then kind, data = 'v', v[1]
+      elseif v[2] then kind, data = 'r', v[2]
+      else kind, data = '-', '' end
+    end
+    local n = #inputs
+    inputs[n + 1], inputs[n + 2], inputs[n + 3] = key, kind, data
+  end
+  return inputs
+end
+
 local owned = {}
 if #keys > 0 then
   local last = redis.call('HINCRBY', KEYS[1], M.attempts, #keys)
   for i, key in ipairs(keys) do
-    local r, payload, payload_blob = load(key, true)
+    local r, payload, payload_blob, given_text = load_with(key, F.payload, F.payload_blob, F.given)
     if not again[key] then
       r.state, r.attempt = 'processing', string.format('%.0f', last - #keys + i)
       redis.call('HSET', r.name, F.core, core_of(r), F.owner, slot)
       owned[#owned + 1], owned[#owned + 2] = key, r.attempt
     end
-    local inputs, n = {}, 0
-    for _, dep in ipairs(deps_of(r)) do
-      local value = redis.call('HMGET', P .. K.task .. dep, F.value, F.replicas)
-      inputs[n + 1] = dep
-      if value[1] then inputs[n + 2], inputs[n + 3] = 'v', value[1]
-      elseif value[2] then inputs[n + 2], inputs[n + 3] = 'r', value[2]
-      else inputs[n + 2], inputs[n + 3] = '-', '' end
-      n = n + 3
-    end
-    taken[i] = {key, r.attempt, function_of(r), payload or '', payload_blob or '', inputs}
+    taken[i] = {key, r.attempt, function_of(r), payload or '', payload_blob or '', inputs_of(r, given_text)}
   end
   for i = 1, #owned, 2000 do
     redis.call('HSET', P .. K.slot .. slot, unpack(owned, i, math.min(i + 1999, #owned)))

@@ -1,5 +1,5 @@
 -- Add a chunk of tasks to the graph and hold those that the client asks for.
--- LIB         record notices nodes copies queue tickets settle hold reset
+-- LIB         record given notices nodes copies queue tickets settle hold reset
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 client          str   who submits
 --             6 generation      int   rank of the submission; empty asks for the next one
@@ -12,7 +12,8 @@
 -- ERRORS      UNKNOWN_CLIENT    its lease ran out
 --             UNKNOWN_FUNCTION  no code given nor stored for a hash
 --             UNKNOWN_DEPENDENCY  neither a record nor earlier in the chunk
--- INVARIANTS  an error writes nothing; the first record of a key wins; what nobody wants is forgotten again
+-- INVARIANTS  an error writes nothing; a task does not depend on inputs that it is given; the first record of a key
+--             wins; what nobody wants is forgotten again
 -- COST        O(T + D): T tasks and D dependencies in the chunk
 local client, generation, notice_limit = ARGV[5], ARGV[6], tonumber(ARGV[7])
 if not is_known_client(client) then return redis.error_reply('UNKNOWN_CLIENT ' .. client) end
@@ -40,7 +41,7 @@ while at <= #ARGV do
     deps = {}
     for i = 1, n_deps do deps[i] = ARGV[at + 10 + i] end   -- not unpack: it has no room for thousands
     for _, dep in ipairs(deps) do
-      if not in_chunk[dep] and not load(dep) then
+      if not in_chunk[dep] and not load_input(dep) then
         return redis.error_reply('UNKNOWN_DEPENDENCY ' .. dep .. ' of ' .. key)
       end
     end
@@ -87,11 +88,11 @@ for _, task in ipairs(tasks) do
       write_along(r, F.prefer, ARGV[a + 9])
       add_flag(r, L.prefer)
     end
-    if task.deps then
-      r.deps = task.deps
-      r.deps_text = table.concat(task.deps, '\n')
+    r.deps = task.deps and give_inputs(r, task.deps, in_chunk)
+    if r.deps then
+      r.deps_text = table.concat(r.deps, '\n')
       write_along(r, F.deps, r.deps_text)
-      for _, dep in ipairs(task.deps) do redis.call('HSET', P .. K.dependents .. dep, key, '') end
+      for _, dep in ipairs(r.deps) do add_dependent(load(dep), key) end
     end
   end
   if known then

@@ -84,7 +84,7 @@ end
 
 -- Choose the queue of a ready task. Of several equal homes it is the one with the shortest queue.
 local function place(r)
-  if r.flags == '' or has_flag(r, L.constraint) then return end
+  if not (has_flag(r, L.near) or has_flag(r, L.prefer)) or has_flag(r, L.constraint) then return end
   local bytes, candidates = has_flag(r, L.near) and bytes_of_inputs(r) or {}, {}
   local preferred = has_flag(r, L.prefer) and split(extra(r, F.prefer)) or {}
   for _, node in ipairs(preferred) do

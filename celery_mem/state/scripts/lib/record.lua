@@ -53,27 +53,37 @@ local function function_of(r)
   return r.fn
 end
 
--- The record of key, or false. Holds what most transitions look at; extra() reads the rest. Returns the payload and
--- its blob's token too where `with_payload` asks for them.
-local function load(key, with_payload)
-  local r = records[key]
-  if r == nil then
-    local name = P .. K.task .. key
-    local v
-    if with_payload then v = redis.call('HMGET', name, F.core, F.recipe, F.deps, F.payload, F.payload_blob)
-    else v = redis.call('HMGET', name, F.core, F.recipe, F.deps) end
-    if not v[1] then records[key] = false return false end
-    local state, needed, waiting, attempt, flags, at = string.match(v[1], '^(%a+) (%d+) (%d+) (%d*) (%a*)\n()')
-    r = {key = key, name = name, state = state, needed = numbers[needed], waiting = numbers[waiting], attempt = attempt,
-      flags = flags, holders = string.sub(v[1], at), recipe = v[2], deps_text = v[3]}
-    records[key] = r
-    return r, v[4], v[5]
+local function note_record(key, name, core, recipe, deps_text)
+  if not core then
+    records[key] = false
+    return false
   end
-  if r and with_payload then
-    local v = redis.call('HMGET', r.name, F.payload, F.payload_blob)
-    return r, v[1], v[2]
-  end
+  local state, needed, waiting, attempt, flags, at = string.match(core, '^(%a+) (%d+) (%d+) (%d*) (%a*)\n()')
+  local r = {key = key, name = name, state = state, needed = numbers[needed], waiting = numbers[waiting], attempt = attempt,
+    flags = flags, holders = string.sub(core, at), recipe = recipe, deps_text = deps_text}
+  records[key] = r
   return r
+end
+
+-- The record of key, or false. Holds what most transitions look at; extra() reads the rest.
+local function load(key)
+  local r = records[key]
+  if r ~= nil then return r end
+  local name = P .. K.task .. key
+  local v = redis.call('HMGET', name, F.core, F.recipe, F.deps)
+  return note_record(key, name, v[1], v[2], v[3])
+end
+
+-- The same, and up to three further fields.
+local function load_with(key, ...)
+  local r = records[key]
+  if r then
+    local v = redis.call('HMGET', r.name, ...)
+    return r, v[1], v[2], v[3]
+  end
+  local name = P .. K.task .. key
+  local v = redis.call('HMGET', name, F.core, F.recipe, F.deps, ...)
+  return note_record(key, name, v[1], v[2], v[3]), v[4], v[5], v[6]
 end
 
 -- Fields to be written along with the core: field, value, field, value, ...
@@ -181,7 +191,19 @@ end
 
 local function is_wanted(r) return r.needed > 0 or r.holders ~= '' end
 
-local function dependents_of(r) return redis.call('HKEYS', P .. K.dependents .. r.key) end
+-- Invariant: a record without the flag has no dependents.
+local function add_dependent(r, key)
+  redis.call('HSET', P .. K.dependents .. r.key, key, '')
+  add_flag(r, L.known)
+end
+
+local function has_dependents(r)
+  return has_flag(r, L.known) and redis.call('EXISTS', P .. K.dependents .. r.key) == 1
+end
+
+local function dependents_of(r)
+  return has_flag(r, L.known) and redis.call('HKEYS', P .. K.dependents .. r.key) or {}
+end
 
 -- Function hashes whose number of records changes in this call, and code that came with it.
 local function_delta, new_functions = {}, {}

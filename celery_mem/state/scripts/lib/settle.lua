@@ -158,7 +158,7 @@ local function settle(key)
     set_state(r, 'released')
     let_go_of_deps(r)
   elseif r.state == 'memory' then drop_data(r) end
-  if redis.call('EXISTS', P .. K.dependents .. key) == 0 then forget(r)
+  if not has_dependents(r) then forget(r)
   elseif r.data_dropped then clear_data(r) end
 end
 
