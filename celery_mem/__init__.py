@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from celery_mem.client.client import Client as Client
     from celery_mem.client.future import Future as Future
+    from celery_mem.client.lifetimes import fire_and_forget as fire_and_forget
     from celery_mem.client.progress import progress as progress
     from celery_mem.client.waiting import as_completed as as_completed
     from celery_mem.client.waiting import wait as wait
@@ -22,6 +23,7 @@ _HOMES = {
     "Future": "celery_mem.client.future",
     "LocalCluster": "celery_mem.local",
     "as_completed": "celery_mem.client.waiting",
+    "fire_and_forget": "celery_mem.client.lifetimes",
     "futures_of": "celery_mem.graph.collections",
     "install": "celery_mem.worker.install",
     "progress": "celery_mem.client.progress",
@@ -33,6 +35,7 @@ __all__ = [
     "LocalCluster",
     "__version__",
     "as_completed",
+    "fire_and_forget",
     "futures_of",
     "install",
     "progress",

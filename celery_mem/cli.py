@@ -224,26 +224,41 @@ def show(key: str, url: str | None, namespace: str | None, for_programs: bool) -
     metavar="TIMES",
     help="A fault counts if so many readings find it; work that goes on looks inconsistent for a moment.",
 )
-@click.option("--fix", is_flag=True, help="First remove what dead workers left on this host.")
+@click.option(
+    "--fix",
+    is_flag=True,
+    help="First remove what dead workers left on this host, and durable files that no record names.",
+)
 def check(url: str | None, namespace: str | None, for_programs: bool, patience: int, fix: bool) -> None:
     """Check every rule of the task graph and of the files on this host; exit code 1 if one is broken."""
+    from celery_mem.memory.audit_files import remove_unknown_durable
     from celery_mem.memory.roots import remove_all_dead
     from celery_mem.state.inspect import server_facts, server_warnings
 
     store = look_at(url, namespace)
     removed = remove_all_dead(store.settings.shm_folder) if fix else []
+    forgotten = remove_unknown_durable(store) if fix else []
     warnings = server_warnings(server_facts(store.link))
     violations = lasting_violations(store, patience)
     if for_programs:
         rows = [violation._asdict() for violation in violations]
         click.echo(
-            _dump({"ok": not violations, "violations": rows, "warnings": warnings, "removed": removed})
+            _dump(
+                {
+                    "ok": not violations,
+                    "violations": rows,
+                    "warnings": warnings,
+                    "removed": [*removed, *forgotten],
+                }
+            )
         )
     else:
         for warning in warnings:
             click.echo(f"Warning: {warning}", err=True)
         for path in removed:
             click.echo(f"removed {path}, which a dead worker left")
+        for token in forgotten:
+            click.echo(f"removed the durable file {token}, which no record names")
         for violation in violations:
             click.echo(str(violation))
         summary = f"rules broken: {len(violations)}" if violations else "every rule holds"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -32,6 +32,7 @@ def status_tables(status: Mapping[str, Any]) -> RenderableType:
             "results": Text(_size(status["nbytes"])),
             "tasks": Text(_counts(status["tasks"]) or "none"),
             "queues": Text(_counts(status["queues"])),
+            "datasets": Text(_names(status["datasets"]) or "none"),
             "copies": Text(
                 f"more than one wanted of {status['copies']:,} results"
                 if status["copies"]
@@ -51,6 +52,11 @@ def status_tables(status: Mapping[str, Any]) -> RenderableType:
     for name, client in sorted(status["clients"].items()):
         clients.add_row(Text(name), Text(f"{client['keys']:,}"), _lease(client["lease"]))
     return Lines(head, "", nodes, "", memory, *_jobs(status), *_unrunnable(status), "", clients)
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def _memory(name: str, node: Mapping[str, Any]) -> list[Text]:

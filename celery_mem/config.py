@@ -75,6 +75,11 @@ class Settings:
     spill_url: str = _setting(
         "", "where spilled results go, any address of fsspec; empty means a folder in the temp folder"
     )
+    durable_url: str = _setting(
+        "",
+        "where large results with durable=True are kept, any address of fsspec that all hosts reach; empty "
+        "means Redis",
+    )
     publish: str = _setting(
         "on_demand",
         "copies in Redis for other hosts: while somebody waits for one; pinned: once asked for, as long as "

@@ -89,6 +89,23 @@ class MissingKeyError(CeleryMemError, KeyError):
         return f"key {self.key!r}{by} is neither in the graph nor a live future"
 
 
+class DatasetError(CeleryMemError, KeyError):
+    """A dataset is published already, or is not, or what it needs is gone.
+
+    Args:
+        name: of the dataset.
+        problem: what is wrong, and what to do.
+    """
+
+    def __init__(self, name: object, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name = name
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"dataset {self.name!r} {self.problem}"
+
+
 class UnknownWorkerError(CeleryMemError, ValueError):
     """A call needs workers that are not there.
 
@@ -300,6 +317,12 @@ class UnknownNodeError(StateError):
     code = "UNKNOWN_NODE"
 
 
+class NameTakenError(StateError):
+    """A dataset of this name is published already."""
+
+    code = "DATASET_EXISTS"
+
+
 class FencedError(StateError):
     """Another coordinator leads now; this one's writes are void."""
 
@@ -320,6 +343,7 @@ BY_CODE: dict[str, type[StateError]] = {
         UnknownDependencyError,
         UnknownFunctionError,
         UnknownNodeError,
+        NameTakenError,
         FencedError,
         SchemaError,
     )

@@ -20,6 +20,8 @@ from celery_mem.client import current
 from celery_mem.client.control import DataControl
 from celery_mem.client.data import DataMethods
 from celery_mem.client.future import Future, text_of_future
+from celery_mem.client.legacy import check_name
+from celery_mem.client.lifetimes import LifetimeMethods, parse_lease
 from celery_mem.client.placing import Placing
 from celery_mem.client.reading import Found
 from celery_mem.client.scattering import Scattering
@@ -49,7 +51,7 @@ from celery_mem.graph import inside
 from celery_mem.graph.calls import encode_arrangement, encode_function, name_of, token_of
 from celery_mem.graph.constraints import Resources, Workers
 from celery_mem.graph.errors import decode_error
-from celery_mem.graph.keys import Key, text_of
+from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
 from celery_mem.memory import blobs
 from celery_mem.memory.serialize import Frames, loads_inline
@@ -69,7 +71,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 Priority = int | float
 
 
-class Client(DataMethods):
+class Client(DataMethods, LifetimeMethods):
     """A process's connection to a cluster: what it submits is held until its futures are gone.
 
     Args:
@@ -79,7 +81,10 @@ class Client(DataMethods):
         app: the Celery app through which tickets are sent, where its broker is not that Redis.
         namespace: which graph on that Redis; default the `mem_namespace` setting.
         set_as_default: make `x.compute()` and `dask.compute(...)` go through this client.
-        name: beginning of the client's id, for people.
+        name: beginning of the client's id, for people; with `lease`, a name that lasts over processes.
+        lease: seconds, or a text such as "10m", for which this client may be away: after `close()`, an exit
+            or a crash, the next client of this name finds in `client.futures` what this one held. One
+            process at a time has the name: a second one takes it over, and the futures of the first say so.
         timeout: seconds to wait for Redis.
         settings: further `mem_*` settings, without the prefix.
     Raises:
@@ -97,11 +102,14 @@ class Client(DataMethods):
         namespace: str | None = None,
         set_as_default: bool = True,
         name: str | None = None,
+        lease: float | str | None = None,
         timeout: float = 10.0,
         **settings: Any,
     ) -> None:
         self.cluster: LocalCluster | None = None
         self._own_cluster = False
+        check_name(name)
+        lease_s = parse_lease(lease, name)
         url, namespace, app = self._resolve(address, namespace, app)
         try:
             loaded = _load_settings(app, url=url, namespace=namespace, **settings)
@@ -109,7 +117,11 @@ class Client(DataMethods):
             self._app = app
             self._app_lock = threading.Lock()
             self._session = Session(
-                loaded, name or f"client-{os.getpid()}", self._send_tickets, first_timeout=timeout
+                loaded,
+                name or f"client-{os.getpid()}",
+                self._send_tickets,
+                first_timeout=timeout,
+                lease_s=lease_s,
             )
         except BaseException:
             if self._own_cluster and self.cluster is not None:
@@ -176,6 +188,7 @@ class Client(DataMethods):
         workers: Workers = None,
         allow_other_workers: bool | None = None,
         resources: Resources = None,
+        durable: bool = False,
         **kwargs: Any,
     ) -> Future:
         """Run `func(*args, **kwargs)` on the cluster.
@@ -195,6 +208,8 @@ class Client(DataMethods):
                 says so.
             allow_other_workers: the workers are tried first, and others may run it when these are busy.
             resources: what it takes of its node while it runs, by name, such as `{"GPU": 1}`.
+            durable: write the result to Redis, or under `mem_durable_url`, as soon as it is made. It then
+                outlives all workers, and how it was made is forgotten.
         Raises:
             SerializationError: the function or an argument cannot be pickled.
             FutureCancelledError: an argument was cancelled.
@@ -210,7 +225,9 @@ class Client(DataMethods):
             key = f"{function.name}-{token}"
         text = text_of(key)
         placing = Placing(workers, allow_other_workers, resources)
-        with Submission(self, priority=priority, retries=retries, placing=placing) as submission:
+        with Submission(
+            self, priority=priority, retries=retries, placing=placing, durable=durable
+        ) as submission:
             state, new = submission.refer(text)
             if new:
                 submission.add_call(text, func, function, args, kwargs)
@@ -228,6 +245,7 @@ class Client(DataMethods):
         workers: Workers = None,
         allow_other_workers: bool | None = None,
         resources: Resources = None,
+        durable: bool = False,
         **kwargs: Any,
     ) -> list[Future]:
         """Run `func` on the items of the iterables, side by side, as the builtin `map` does.
@@ -235,7 +253,7 @@ class Client(DataMethods):
         Args:
             key: a prefix for the keys, or one key per call.
             batch_size: ignored; tasks always go to Redis in chunks.
-            workers, allow_other_workers, resources: of each task, as in `submit`.
+            workers, allow_other_workers, resources, durable: of each task, as in `submit`.
             kwargs: given to every call; large ones are stored once.
         Raises:
             TypeError: an argument is an iterator or a queue, whose end nobody knows.
@@ -265,7 +283,7 @@ class Client(DataMethods):
             keys = (f"{prefix}-{self.fresh_token()}" for _ in calls)
         futures = []
         with Submission(
-            self, priority=priority, retries=retries, placing=placing, streams=True
+            self, priority=priority, retries=retries, placing=placing, streams=True, durable=durable
         ) as submission:
             for args, k in zip(calls, keys, strict=True):
                 text = text_of(k)
@@ -295,6 +313,7 @@ class Client(DataMethods):
         workers: Any = None,
         allow_other_workers: bool | None = None,
         resources: Any = None,
+        durable: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Start computing Dask collections; one future for each.
@@ -308,7 +327,7 @@ class Client(DataMethods):
             workers, resources: of all tasks, as in `submit`; or a dict of that for some collections or keys,
                 which counts for their results only. What `dask.annotate` says of a task goes before, where
                 Dask's optimizer keeps it.
-            allow_other_workers: as in `submit`.
+            allow_other_workers, durable: as in `submit`; of the results, not of what they are made from.
         Returns:
             a future for one collection, a list for several.
         """
@@ -320,12 +339,12 @@ class Client(DataMethods):
         members = list(itertools.chain.from_iterable(found for found, _ in unpacked))
         lowered = lowering.lower(members, finalize=True, optimize_graph=optimize_graph)
         placing = Placing(workers, allow_other_workers, resources, members=members, lowered=lowered)
-        futures = iter(self._submit_lowered(lowered, lowered.final_keys, retries, priority, placing))
+        futures = iter(self._submit_lowered(lowered, lowered.final_keys, retries, priority, placing, durable))
         out = []
         for x, (found, repack) in zip(items, unpacked, strict=True):
             mine = list(itertools.islice(futures, len(found)))
             if mine and not lowering.is_dask_collection(x):
-                out.append(self._arranged(x, repack, mine, priority, placing))
+                out.append(self._arranged(x, repack, mine, priority, placing, durable))
             else:
                 out.append(mine[0] if mine else x)
         answer = out[0] if single else out
@@ -338,11 +357,12 @@ class Client(DataMethods):
         parts: list[Future],
         priority: Priority,
         placing: Placing,
+        durable: bool,
     ) -> Future:
         """Submit a task that puts the results of `parts` where the collections in `x` are."""
         key = f"{name_of(type(x))}-{self.fresh_token()}"
         payload = encode_arrangement(lambda places: repack(places)[0], [text_of(f.key) for f in parts])
-        with Submission(self, priority=priority, placing=placing) as submission:
+        with Submission(self, priority=priority, placing=placing, durable=durable) as submission:
             state, _ = submission.refer(key)
             submission.add(key, encode_function(lowering.identity), payload)
         return self.future_of(key, state)
@@ -357,13 +377,14 @@ class Client(DataMethods):
         workers: Any = None,
         allow_other_workers: bool | None = None,
         resources: Any = None,
+        durable: bool = False,
         **kwargs: Any,
     ) -> Any:
         """Start computing Dask collections and keep their parts on the cluster.
 
         Args:
             collections: a collection, or a list, tuple or set of them; further ones may follow.
-            workers, allow_other_workers, resources: as in `compute`.
+            workers, allow_other_workers, resources, durable: as in `compute`.
         Returns:
             collections like the ones given, whose graphs hold one future per part and nothing else: the data
             stays for as long as they, or what is derived from them, live.
@@ -379,9 +400,9 @@ class Client(DataMethods):
         lowered = lowering.lower(items, finalize=False, optimize_graph=optimize_graph)
         flat = list(dict.fromkeys(itertools.chain.from_iterable(lowered.outputs)))
         placing = Placing(workers, allow_other_workers, resources, members=items, lowered=lowered)
-        futures = dict(
-            zip(flat, self._submit_lowered(lowered, flat, retries, priority, placing), strict=True)
-        )
+        found = self._submit_lowered(lowered, flat, retries, priority, placing, durable)
+        futures = dict(zip(flat, found, strict=True))
+        del found
         out = [
             lowering.rebuild_persisted(x, {k: futures[k] for k in keys})
             for x, keys in zip(lowered.optimized, lowered.outputs, strict=True)
@@ -439,9 +460,15 @@ class Client(DataMethods):
         retries: int,
         priority: Priority,
         placing: Placing,
+        durable: bool = False,
     ) -> list[Future]:
         submission = Submission(
-            self, priority=priority, retries=retries, placing=placing, annotations=lowered.annotations
+            self,
+            priority=priority,
+            retries=retries,
+            placing=placing,
+            annotations=lowered.annotations,
+            durable=durable,
         )
         with submission:
             texts = submission.add_graph(lowered, outputs)
@@ -599,7 +626,9 @@ class Client(DataMethods):
 
     def _decoded_error(self, state: KeyState, key: Key) -> tuple[BaseException, TracebackType | None]:
         if not state.error:
-            return DataLostError(key), None
+            lost, _, reason = state.reason.partition("\n")
+            lost_key = key_of(lost) if lost else key
+            return (DataLostError(lost_key, reason) if reason else DataLostError(lost_key)), None
         return decode_error(state.error)
 
     def call_when_done(self, future: Future, state: KeyState, fn: Callable[[Future], Any]) -> None:
@@ -755,12 +784,18 @@ class Client(DataMethods):
         """Return a context manager in which this is `Client.current()`."""
         return _Current(self)
 
-    def close(self) -> None:
-        """Release all futures and disconnect; a cluster that this client started ends too.
+    def close(self, release: bool | None = None) -> None:
+        """Disconnect, and release all futures; a cluster that this client started ends too.
 
         Whoever waits for a future gets a FutureCancelledError. Harmless when repeated.
+
+        Args:
+            release: True lets go of everything. By default a client with a lease leaves what it holds to the
+                next of its name.
         """
         current.remove(self)
+        if release:
+            self._session.close()
         self._finalizer()
         if self._callbacks is not None:
             self._callbacks.put(None)
@@ -818,7 +853,7 @@ class _LiveKeys:
 
 
 def _close_parts(session: Session, cluster: LocalCluster | None) -> None:
-    session.close()
+    session.close(release=session.legacy is None)
     if cluster is not None:
         cluster.close()
 

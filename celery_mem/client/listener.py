@@ -91,6 +91,7 @@ def apply_notice(state: KeyState, code: int, body: bytes) -> bool:
         state.status = ERROR
     elif code == ord("l"):
         state.error = b""
+        state.reason = body.decode()
         state.status = ERROR
     elif code == ord("c"):
         state.reason = body.decode() or "cancelled by another client"

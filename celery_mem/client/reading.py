@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from celery_mem.client.states import KeyState
 from celery_mem.errors import DataLostError
 from celery_mem.graph.keys import key_of
+from celery_mem.memory.durable import durable_files
 from celery_mem.memory.reader import Gone, Reader, Sources, find_sources
 from celery_mem.memory.serialize import loads, loads_inline
 from celery_mem.state.keys import TASK
@@ -112,6 +113,7 @@ class Reading:
                     store.keys,
                     locate=lambda key: find_sources(store, key),
                     mail=store.mail,
+                    durable=durable_files(store.settings),
                 )
             return self._reader
 

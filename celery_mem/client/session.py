@@ -13,10 +13,11 @@ from typing import Any
 
 from redis.exceptions import InvalidResponse, ResponseError
 
+from celery_mem.client.legacy import Legacy
 from celery_mem.client.listener import Listener, apply_notice
 from celery_mem.client.outbox import Outbox
 from celery_mem.client.reading import Reading
-from celery_mem.client.releases import Releases
+from celery_mem.client.releases import RELEASE_CHUNK, Releases
 from celery_mem.client.states import CANCELLED, ERROR, FINISHED, PENDING, KeyState
 from celery_mem.config import Settings, mask_url
 from celery_mem.errors import (
@@ -56,12 +57,20 @@ class Session:
         name: beginning of the client's id.
         send_tickets: sends tickets that a script asked for.
         first_timeout: seconds to wait for Redis at first.
+        lease_s: lets the session outlive its process by this time, under `name`; None: it ends with it.
     """
 
     def __init__(
-        self, settings: Settings, name: str, send_tickets: Callable[[Tickets], None], *, first_timeout: float
+        self,
+        settings: Settings,
+        name: str,
+        send_tickets: Callable[[Tickets], None],
+        *,
+        first_timeout: float,
+        lease_s: float | None = None,
     ) -> None:
         self.settings = settings
+        self.lease_s = lease_s or settings.client_lease
         self.id = f"{name}-{secrets.token_hex(5)}"
         self.pid = os.getpid()
         self.send_tickets = send_tickets
@@ -76,13 +85,27 @@ class Session:
         self.outbox = Outbox(self)
         self.reading = Reading(self)
         self._why_closed = "this client is closed; make a new one"
+        self._has_given_way = False
         self._epoch = 0
+        self.legacy = Legacy(self, name) if lease_s is not None else None
         _sessions.add(self)
-        self.store.renew_client(self.id, join=True)
+        self._join()
         self.listener = Listener(self)
         self.listener.start()
         self._keeper = threading.Thread(target=self._keep, name="celery-mem-keeper", daemon=True)
         self._keeper.start()
+        if self.legacy is not None:
+            try:
+                self.legacy.take()
+            except BaseException:
+                self.close(release=False)
+                raise
+
+    def _join(self) -> None:
+        if self.legacy is not None:
+            self.legacy.claim()
+        else:
+            self.store.renew_client(self.id, join=True)
 
     # --- holds ---
 
@@ -217,6 +240,24 @@ class Session:
             if self.hold([state.text], epoch):
                 self.forget([state], "its task is gone")
 
+    def make_durable(self, texts: Sequence[str]) -> None:
+        """Have results outlive all workers. The caller knows that they were submitted, or are about to be."""
+        with self.order:
+            self.check_open()
+            self.outbox.flush()
+            for start in range(0, len(texts), RELEASE_CHUNK):
+                page = texts[start : start + RELEASE_CHUNK]
+                self.send_tickets(self._guarded(lambda p=page: self.store.make_durable(p))[1])  # type: ignore[misc]
+
+    def entrust(self, texts: Sequence[str]) -> None:
+        """Have tasks run to their end though nobody holds them any more."""
+        with self.order:
+            self.check_open()
+            self.outbox.flush()
+            for start in range(0, len(texts), RELEASE_CHUNK):
+                page = texts[start : start + RELEASE_CHUNK]
+                self._guarded(lambda p=page: self.store.entrust(p))  # type: ignore[misc]
+
     def flush_releases(self) -> None:
         """Release now what has no futures any more."""
         with self.order:
@@ -296,6 +337,8 @@ class Session:
                 for i in range(0, len(fields), 2):
                     state = states.get(fields[i].decode())
                     if state is None:
+                        if not fields[i] and self.legacy is not None:
+                            self.legacy.hear(fields[i + 1])
                         continue
                     epoch, _, rest = fields[i + 1].partition(b" ")
                     if int(epoch) == state.epoch and apply_notice(state, rest[0], rest[1:]):
@@ -315,7 +358,7 @@ class Session:
 
     def _keep(self) -> None:
         """Send releases as they come, and renew the lease."""
-        pause = self.settings.client_lease / 4
+        pause = min(self.lease_s, self.settings.client_lease) / 4
         due = time.monotonic() + pause
         while not self.closed:
             self.releases.wait(max(0.0, due - time.monotonic()))
@@ -332,7 +375,7 @@ class Session:
                     self.releases.ring()
                 if time.monotonic() >= due and not self.closed:
                     due = time.monotonic() + pause
-                    self._guarded(lambda: self.store.renew_client(self.id))
+                    self._guarded(lambda: self.store.renew_client(self.id, lease_s=self.lease_s))
             except Exception as error:  # without this thread nothing would be released any more
                 if self.closed:
                     return
@@ -348,6 +391,7 @@ class Session:
             return call()
         except (UnknownClientError, NamespaceResetError) as error:
             self._state_lost(error)
+            self.check_open()
             raise
         except RedisUnavailableError:
             self.check_open()  # closing ends what other threads wait for
@@ -358,19 +402,33 @@ class Session:
             if self.closed:
                 return
             try:
-                self.store.renew_client(self.id)
+                self.store.renew_client(self.id, lease_s=self.lease_s)
                 return  # another thread was here first
             except NamespaceResetError:
                 self.store.generation = Store.connect(self.settings, self.store.link).generation
                 reason = "Redis was emptied or replaced: the graph this client knew is gone"
             except UnknownClientError:
-                lease_s = self.settings.client_lease
-                reason = f"the lease of this client ran out: Redis did not hear of it for {lease_s:g} s"
+                if self.legacy is not None and self.legacy.is_taken():
+                    self.give_way(self.legacy.why_taken)
+                    return
+                reason = f"the lease of this client ran out: Redis did not hear of it for {self.lease_s:g} s"
             with self.lock:
                 lost = list(self.states.values())
                 self.releases.forget()
             self.forget(lost, reason)
-            self.store.renew_client(self.id, join=True)
+            self._join()
+
+    def give_way(self, reason: str) -> None:
+        """End without a word to Redis, where everything belongs to another process by now."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed, self._has_given_way, self._why_closed = True, True, reason
+            states = list(self.states.values())
+            self.outbox.forget()
+            self.releases.forget()
+        self.forget(states, reason)
+        self.releases.ring()
 
     def check_open(self) -> None:
         """Raise ClosedClientError if the session is closed, or another process's that forked this one."""
@@ -390,16 +448,23 @@ class Session:
             state.reason, state.status, state.watchers = self._why_closed, CANCELLED, None
         self.states = {}
 
-    def close(self) -> None:
-        """Release everything and end; harmless when repeated."""
+    def close(self, *, release: bool = True) -> None:
+        """Release everything and end; harmless when repeated.
+
+        Args:
+            release: False leaves what is held to whoever comes back under the name of this session.
+        """
+        if not release:
+            self._send_all()  # what was submitted and dropped before counts
         with self.lock:
-            if self.closed:
+            if self.closed and not self._has_given_way:
                 return
-            self.closed = True
+            is_ours, self._has_given_way, self.closed = not self.closed, False, True
             states = list(self.states.values())
         self.forget(states, "its client was closed")
         self.releases.ring()
-        self._sign_off()
+        if is_ours:
+            self._sign_off(release)
         for link in (self.store.link, self.bulk):
             link.abort()
         self.reading.close()
@@ -413,14 +478,28 @@ class Session:
         for link in (self.listener.link, self.store.link, self.bulk):
             link.close()
 
-    def _sign_off(self) -> None:
+    def _send_all(self) -> None:
+        if self.closed or not self.order.acquire(timeout=SIGN_OFF_S):
+            return
+        self.store.link.retry_timeout = SIGN_OFF_S
+        try:
+            self.outbox.flush()
+            self.releases.flush()
+        except (CeleryMemError, OSError) as error:
+            log.warning("client %s closes, and could not tell what it let go: %s", self.id, error)
+        finally:
+            self.order.release()
+
+    def _sign_off(self, release: bool) -> None:
         last = self.store.twin()  # the others may be busy, or waiting for a Redis that is gone
         last.link.retry_timeout = SIGN_OFF_S
         try:
-            left = 1
+            left = 1 if release else 0
             while left:
                 left, tickets = last.expire_client(self.id)
                 self.send_tickets(tickets)
+            if not release:
+                last.renew_client(self.id, lease_s=self.lease_s)
         except (CeleryMemError, OSError) as error:
             log.info("client %s could not sign off, its lease will: %s", self.id, error)
         finally:

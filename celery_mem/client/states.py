@@ -23,7 +23,7 @@ class KeyState:
         status: pending, finished, error, cancelled or lost.
         data: the inline result, if the notice brought it.
         error: bytes of the error.
-        reason: why it was cancelled.
+        reason: why it was cancelled; of lost data the key, newline, why nothing makes it again.
     """
 
     __slots__ = ("data", "epoch", "error", "reason", "refs", "status", "text", "watchers")

@@ -40,6 +40,7 @@ class Submission:
         streams: chunks are sent as they fill up, while others are still being made; only for tasks that do
             not depend on each other.
         annotations: name -> {key: value}, of Dask.
+        durable: whether the results that it refers to are to outlive all workers.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Submission:
         placing: Placing | None = None,
         streams: bool = False,
         annotations: Mapping[str, Mapping[Key, Any]] | None = None,
+        durable: bool = False,
     ) -> None:
         self.client = client
+        self._durable = durable
         self.states: dict[str, KeyState] = {}
         self._new: list[KeyState] = []
         self._session = client.session
@@ -232,6 +235,8 @@ class Submission:
         try:
             if kind is None:
                 self._send()
+                if self._durable:
+                    self._session.make_durable(list(self.states))
                 sent = True
         finally:
             if not sent:

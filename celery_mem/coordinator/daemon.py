@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from celery_mem.config import Settings
 from celery_mem.coordinator.clients import ClientLeases
 from celery_mem.coordinator.copies import Copies
+from celery_mem.coordinator.durability import Durability
 from celery_mem.coordinator.duty import Duty
+from celery_mem.coordinator.failures import Failures
 from celery_mem.coordinator.freeing import Freeing
 from celery_mem.coordinator.jobs import Jobs
 from celery_mem.coordinator.nodes import NodeLeases, NodeQueues
@@ -36,6 +38,8 @@ DUTIES: tuple[type[Duty], ...] = (
     TicketCalls,
     Copies,
     Jobs,
+    Durability,
+    Failures,
     Surplus,
     Unrunnable,
     NodeQueues,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from celery_mem.coordinator.plans import Copy
 from celery_mem.state.letters import fetch_copy, save_copy
-from celery_mem.state.store import REDIS, Location, Store
+from celery_mem.state.store import OUTLIVE_NODES, REDIS, Location, Store
 
 PATIENCE_S = 5.0
 BYTES_PER_S = 20e6
@@ -76,5 +76,5 @@ def _message(copy: Copy, places: Collection[str]) -> tuple[str | None, str]:
     """Return who is to be asked, and what."""
     if copy.target != REDIS:
         return copy.target, fetch_copy(copy.token, copy.nbytes, copy.key)
-    source = next((place for place in places if place != REDIS), None)
+    source = next((place for place in places if place not in OUTLIVE_NODES), None)
     return source, save_copy(copy.token, copy.key)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from celery_mem.state.keys import LEAVING
-from celery_mem.state.store import REDIS, Location
+from celery_mem.state.store import OUTLIVE_NODES, REDIS, Location
 
 DEAD_BAND = 0.05
 """Nodes within this share of the mean have no need of balancing."""
@@ -170,8 +170,8 @@ def _has_copies(result: Location) -> bool:
 def _spare(result: Location, nodes: Mapping[str, Node]) -> int:
     """Count the copies on nodes beyond those asked for; the last one anywhere is never one of them."""
     holders = [place for place in result.places if place in nodes]
-    if result.copies <= 1 and not result.copies_on and REDIS in result.places:
-        return len(holders)  # nobody asked for copies on nodes, and Redis has one
+    if result.copies <= 1 and not result.copies_on and OUTLIVE_NODES & set(result.places):
+        return len(holders)  # nobody asked for copies on nodes, and there is one that needs none
     return max(0, len(holders) - max(result.copies, 1))
 
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+from celery_mem.memory.durable import durable_files
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import is_alive
 from celery_mem.memory.roots import dead_folders, possible_roots
-from celery_mem.state.audit import Violation
-from celery_mem.state.store import Location, Store
+from celery_mem.state.audit import Violation, read
+from celery_mem.state.store import DURABLE, Location, Store
 
 RULES = {
     "file without key": "a node has only results that a record places there, under the version it names",
     "copy without file": "a copy that a record names is in its node's folder, or where it was made",
     "dead folder": "nothing is left of a worker that is gone",
+    "durable file without key": "under mem_durable_url are only results that a record keeps there",
+    "durable file missing": "the durable file that a record names is there",
 }
 """Every rule that `audit_files` checks, by the name that its violations carry."""
 YOUNG_S = 60.0
@@ -58,7 +61,49 @@ def audit_files(store: Store) -> list[FileViolation]:
         ]
     for root in possible_roots(store.settings.shm_folder):
         found += [FileViolation("dead folder", path, "is there still") for path in dead_folders(root)]
-    return found
+    return [*found, *_audit_durable(store)]
+
+
+def _audit_durable(store: Store) -> list[FileViolation]:
+    files = durable_files(store.settings)
+    if files is None:
+        return []
+    named = durable_names(store)  # first: what is named by then is there by now, or it was freed meanwhile
+    there = dict(files.files())
+    found = [
+        FileViolation("durable file missing", key, f"({token}) is not under {files.url}")
+        for token, key in named.items()
+        if key and token not in there
+    ]
+    return found + [
+        FileViolation("durable file without key", token, f"is under {files.url} and no record names it")
+        for token in unknown_durable(store, there, durable_names(store))
+    ]
+
+
+def durable_names(store: Store) -> dict[str, str]:
+    """Return the durable files that records name: token -> key; and those that are to be deleted."""
+    contents = read(store)
+    named = {row.token: key for key, row in contents.records.items() if DURABLE in row.places}
+    return dict.fromkeys(contents.debris, "") | named
+
+
+def unknown_durable(store: Store, there: Mapping[str, float], named: Mapping[str, str]) -> list[str]:
+    """Return the tokens of durable files that no record names, but those of which Redis may be told yet."""
+    old = time.time() - max(YOUNG_S, store.settings.blob_lease)
+    return sorted(token for token, written in there.items() if token not in named and written < old)
+
+
+def remove_unknown_durable(store: Store) -> list[str]:
+    """Delete the durable files of this namespace that no record names; returns their tokens."""
+    files = durable_files(store.settings)
+    if files is None:
+        return []
+    there = dict(files.files())
+    unknown = unknown_durable(store, there, durable_names(store))
+    for token in unknown:
+        files.drop(token)
+    return unknown
 
 
 def copies_on(store: Store, node: str) -> Iterator[list[Location]]:

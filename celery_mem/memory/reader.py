@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 from celery_mem.errors import CeleryMemError
 from celery_mem.memory.asking import NobodyThere, ask, in_datagrams, socket_name, tell
+from celery_mem.memory.durable import DurableFiles, read_durable
 from celery_mem.memory.files import Incoming, NodeFolder, NoSpace
 from celery_mem.memory.publisher import HERE, NOT_HERE, finish
 from celery_mem.memory.transit import receive, transit_name
 from celery_mem.state.keys import NODE, Keys
 from celery_mem.state.letters import publish_copy
 from celery_mem.state.link import Link
-from celery_mem.state.store import REDIS, Location, Store
+from celery_mem.state.store import DURABLE, REDIS, Location, Store
 
 log = logging.getLogger("celery_mem.memory")
 
@@ -36,7 +37,7 @@ class Sources(NamedTuple):
         token: names its bytes.
         owner: slot that made it, `<node>|<process>.<n>`; empty if a client brought it.
         nbytes: its size.
-        places: nodes, and `@redis`.
+        places: nodes, `@redis` and `@durable`.
     """
 
     token: str
@@ -109,6 +110,7 @@ class Reader:
         mail: puts a message into a node's mailbox; returns False if the node is gone.
         node: name of the node this process belongs to; empty for a client.
         folder: that node's folder; what comes through Redis is kept there.
+        durable: the place of durable files, if there is one.
         ask_timeout: seconds for which the maker of a result on this host may take to write it.
     """
 
@@ -121,6 +123,7 @@ class Reader:
         mail: Callable[[str, str], bool],
         node: str = "",
         folder: NodeFolder | None = None,
+        durable: DurableFiles | None = None,
         ask_timeout: float = 60.0,
     ) -> None:
         self.link = link
@@ -129,6 +132,7 @@ class Reader:
         self.mail = mail
         self.node = node
         self.folder = folder
+        self.durable = durable
         self.ask_timeout = ask_timeout
         self.folders = Folders(link, keys)
         self._links = _Links(link)
@@ -190,7 +194,7 @@ class Reader:
         def cost(place: str) -> int:
             if place == self.node:
                 return 0
-            if place == REDIS:
+            if place in (REDIS, DURABLE):
                 return 2
             return 3 if self._folder(place) is None else 1
 
@@ -200,6 +204,9 @@ class Reader:
         """Return what is at a place; None if it is not there."""
         if place == REDIS:
             return self._from_redis(key, sources.token)
+        if place == DURABLE:
+            kept = read_durable(self.durable, key, sources.token)
+            return None if kept is None else Found(*kept)
         folder = self._folder(place)
         if folder is None:
             return self._from_afar(place, key, sources.token)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 from celery_mem.state.keys import ACTIVE, FIXED, FLAGS, META, PREFIXES, STATES, TASK
 from celery_mem.state.link import Link
 from celery_mem.state.records import Recipe, read_core, read_recipe, read_result
-from celery_mem.state.store import REDIS, Store
+from celery_mem.state.store import OUTLIVE_NODES, REDIS, Store
 
 RULES = {
     # what is kept, and why
-    "unwanted data": "data stays only while it has a holder or an unfinished dependent",
+    "unwanted data": "data stays while it has a holder or an unfinished dependent, or is others' lineage",
     "unwanted work": "a task waits or runs only while it has a holder or an unfinished dependent",
     "orphan record": "a record stays only while it has a holder or a dependent with a record",
     "not raised": "a released key that has a holder or an unfinished dependent is made again",
@@ -29,6 +29,8 @@ RULES = {
     "data": "exactly a record in memory has data: a size, a type, and either a value or replicas",
     "payload": "a record with a function has either a payload or a payload blob",
     "flags": "a record has a flag if and only if it has the field; near or prefer, if it has a home",
+    "durable": "what is durable has no lineage; undurable names what is in memory and is to be durable",
+    "forgotten": "exactly a task that runs for nobody has the flag, and it has not ended",
     "replicas": "copies have a token and the result's size; some are there, each in Redis or on a live node",
     "copies index": "copies names the records that want more copies than any one",
     "blame": "exactly an erred record names a record to blame, which is itself if it has the error",
@@ -49,7 +51,9 @@ RULES = {
     "attempt": "attempt numbers come from one counter, and none was given twice",
     "dependents index": "the dependents of a key are the records that depend on it",
     "holders index": "the holders of a record and the keys of a holder say the same",
-    "client lease": "what holds or hears has a lease, if only an old one",
+    "client lease": "what holds or hears has a lease, if only an old one, or an heir, or is a dataset",
+    "names": "a name belongs to a client with a lease; who has an heir has no lease, but the heir does",
+    "datasets": "every dataset has a holder of its own",
     # bulk
     "function code": "code is stored for every function in use, and for no other",
     "blob missing": "the blob that a record names exists",
@@ -155,6 +159,11 @@ class Contents:
     node_slots: dict[str, set[str]] = field(default_factory=dict)
     clients: dict[str, float] = field(default_factory=dict)
     notices: set[str] = field(default_factory=set)
+    names: dict[str, str] = field(default_factory=dict)  # name -> client
+    heirs: dict[str, str] = field(default_factory=dict)  # client that lost its name -> client
+    datasets: dict[str, str] = field(default_factory=dict)  # name -> holder
+    undurable: set[str] = field(default_factory=set)
+    debris: set[str] = field(default_factory=set)
     functions: dict[str, float] = field(default_factory=dict)
     code: set[str] = field(default_factory=set)
     blobs: dict[str, int] = field(default_factory=dict)  # <token>:<key> -> time to live in ms, -1 without
@@ -185,11 +194,11 @@ TYPES = {
     **dict.fromkeys(
         ("meta", "functions", "task", "dependents", "blob", "slot", "node", "constraints"), "hash"
     ),
-    **dict.fromkeys(("jobs", "unrunnable"), "hash"),
-    **dict.fromkeys(("unsettled", "held", "node_slots", "node_keys", "copies"), "set"),
+    **dict.fromkeys(("jobs", "unrunnable", "names", "heirs", "datasets"), "hash"),
+    **dict.fromkeys(("unsettled", "held", "node_slots", "node_keys", "copies", "undurable", "debris"), "set"),
     **dict.fromkeys(("leader", "function"), "string"),
     "notices": "stream",
-    **dict.fromkeys(("wake", "mail", "reply"), "list"),
+    **dict.fromkeys(("wake", "mail", "reply", "failures"), "list"),
 }
 _BULK = {"payload", "value", "error"}
 _SMALL = [name for name in TASK if name not in _BULK]
@@ -326,6 +335,12 @@ def _pairs(reply: Sequence[bytes]) -> dict[str, str]:
     return {_text(reply[i]): _text(reply[i + 1]) for i in range(0, len(reply), 2)}
 
 
+def _holders(reply: Sequence[bytes]) -> dict[str, str]:
+    """Name -> holder, of which the first line tells."""
+    pairs = zip(reply[::2], reply[1::2], strict=True)
+    return {_text(name): _text(content.partition(b"\n")[0]) for name, content in pairs}
+
+
 def _numbers(reply: Sequence[bytes]) -> dict[str, float]:
     return {name: float(number) for name, number in _pairs(reply).items()}
 
@@ -359,7 +374,9 @@ _READ_NAMES = {
 _READ_ONE: dict[str, tuple[str, tuple[Any, ...], _Decode]] = {
     "meta": ("HGETALL", (), _pairs),
     **dict.fromkeys(("functions", "constraints", "unrunnable"), ("HGETALL", (), _numbers)),
-    **dict.fromkeys(("unsettled", "copies"), _MEMBERS),
+    **dict.fromkeys(("names", "heirs"), ("HGETALL", (), _pairs)),
+    "datasets": ("HGETALL", (), _holders),
+    **dict.fromkeys(("unsettled", "copies", "undurable", "debris"), _MEMBERS),
     **dict.fromkeys(("ready", "slots", "idle", "clients", "nodes"), _ENTRIES),
 }
 """Kinds with one Redis key, named like their attribute -> command, its further arguments, decoder."""
@@ -378,7 +395,7 @@ def _check_reasons(c: Contents) -> Iterator[Violation]:
             if row.state == "released":
                 yield Violation("not raised", key, "is released and wanted")
             continue
-        if row.state == "memory":
+        if row.state == "memory" and not (is_cut(row) and dependents[key]):
             yield Violation("unwanted data", key, "is in memory, without holder or unfinished dependent")
         elif row.state in ACTIVE:
             yield Violation("unwanted work", key, f"is {row.state}, without holder or unfinished dependent")
@@ -428,7 +445,7 @@ def _check_records(c: Contents) -> Iterator[Violation]:
 def _check_flags(row: Row) -> Iterator[Violation]:
     flagged = {name for name, letter in FLAGS.items() if letter in row.flags}
     fields = row.fields & FLAGS.keys() | ({"copies"} if "copies_on" in row.fields else set())
-    if flagged - {"near", "known"} != fields:
+    if flagged - {"near", "known", "forgotten", "durable"} != fields:
         yield Violation("flags", row.key, f"has {sorted(fields)} and flags for {sorted(flagged)}")
     if row.home and not flagged & {"near", "prefer"}:  # the scripts would look for it in the shared queue
         yield Violation("flags", row.key, f"has home {row.home!r} and flags for {sorted(flagged)}")
@@ -491,7 +508,7 @@ def _check_copies(c: Contents) -> Iterator[Violation]:
     by_node: dict[str, set[str]] = defaultdict(set)
     for key, row in c.records.items():
         for place in row.places:
-            if place != REDIS:
+            if place not in OUTLIVE_NODES:
                 by_node[place].add(key)
         if "replicas" not in row.fields:
             continue
@@ -499,7 +516,7 @@ def _check_copies(c: Contents) -> Iterator[Violation]:
             yield Violation("replicas", key, f"has version {row.token!r} at {row.places}")
         if row.copy_nbytes != row.nbytes:
             yield Violation("replicas", key, f"has copies of {row.copy_nbytes!r} bytes, not {row.nbytes!r}")
-        if gone := sorted(set(row.places) - {REDIS} - c.nodes.keys()):
+        if gone := sorted(set(row.places) - OUTLIVE_NODES - c.nodes.keys()):
             yield Violation("replicas", key, f"has copies on {gone}, which are not alive")
     for node in sorted(by_node.keys() | c.node_keys.keys()):
         for key in sorted(by_node[node] ^ c.node_keys.get(node, set())):
@@ -576,8 +593,50 @@ def _check_holders(c: Contents) -> Iterator[Violation]:
         for key in sorted(expected ^ found):
             where = "only by its record" if key in expected else "only by the client's index"
             yield Violation("holders index", key, f"is held by {client} {where}")
-    for client in sorted((by_client.keys() | c.held.keys() | c.notices) - c.clients.keys()):
-        yield Violation("client lease", client, "holds or hears without a lease")
+    lasting = {"!", *c.datasets.values(), *c.heirs}
+    for client in sorted((by_client.keys() | c.held.keys()) - c.clients.keys() - lasting):
+        yield Violation("client lease", client, "holds without a lease")
+    for client in sorted(c.notices - c.clients.keys() - c.heirs.keys()):
+        yield Violation("client lease", client, "hears without a lease")
+
+
+def _check_lifetimes(c: Contents) -> Iterator[Violation]:
+    """Names, datasets, tasks that run for nobody, and what outlives the nodes."""
+    for name, client in c.names.items():
+        if client not in c.clients:
+            yield Violation("names", name, f"belongs to {client}, which has no lease")
+    for client, heir in c.heirs.items():
+        if client in c.clients or heir not in c.clients:
+            yield Violation("names", client, f"has the heir {heir}, and one of them the wrong lease")
+    for name, holder in c.datasets.items():
+        if not holder.startswith("#") or holder in c.clients:
+            yield Violation("datasets", name, f"has the holder {holder!r}, which is none or has a lease")
+    for key, row in c.records.items():
+        runs = "!" in row.holders
+        if runs != (FLAGS["forgotten"] in row.flags) or (runs and row.state not in {*ACTIVE, "released"}):
+            yield Violation(
+                "forgotten", key, f"is {row.state}, held by {sorted(row.holders)}, flags {row.flags!r}"
+            )
+        if row.function and is_durable(row):
+            yield Violation("durable", key, "is durable and keeps its lineage")
+        is_asked_for = row.state == "memory" and FLAGS["durable"] in row.flags and not is_durable(row)
+        if is_asked_for != (key in c.undurable):
+            yield Violation(
+                "durable", key, f"is {row.state} at {row.places}, and wrongly or not among undurable"
+            )
+    for key in sorted(c.undurable - c.records.keys()):
+        yield Violation("durable", key, "is among undurable and has no record")
+
+
+def is_durable(row: Row) -> bool:
+    """Tell whether a result that was to outlive all nodes does."""
+    is_safe = "value" in row.fields or bool(OUTLIVE_NODES & set(row.places))
+    return FLAGS["durable"] in row.flags and row.state == "memory" and is_safe
+
+
+def is_cut(row: Row) -> bool:
+    """Tell whether a durable result has given up its lineage, and is that of what depends on it."""
+    return is_durable(row) and not row.function
 
 
 def _check_functions(c: Contents) -> Iterator[Violation]:
@@ -631,6 +690,7 @@ CHECKS = (
     _check_attempts,
     _check_dependents,
     _check_holders,
+    _check_lifetimes,
     _check_functions,
     _check_blobs,
     _check_unknown,

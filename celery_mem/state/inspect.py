@@ -32,15 +32,18 @@ def namespace_status(store: Store) -> dict[str, Any]:
         - tasks: state -> count
         - nbytes: size of all results in memory
         - clients: id -> keys (held), lease (s left)
+        - datasets: the names of those that are published
+        - forgotten: number of tasks that run though nobody holds them
     """
     fixed, of, link = store.keys.fixed, store.keys.of, store.link
-    meta, now, leader, nodes, clients, *sizes = link.batch(
+    meta, now, leader, nodes, clients, datasets, *sizes = link.batch(
         [
             ("HMGET", fixed("meta"), META["generation"], META["queue"]),
             ("TIME",),
             ("GET", fixed("leader")),
             ("ZRANGE", fixed("nodes"), 0, -1, "WITHSCORES"),
             ("ZRANGE", fixed("clients"), 0, -1, "WITHSCORES"),
+            ("HKEYS", fixed("datasets")),
             ("ZCARD", fixed("ready")),
             ("SCARD", fixed("unsettled")),
             ("ZCARD", fixed("tickets")),
@@ -62,6 +65,8 @@ def namespace_status(store: Store) -> dict[str, Any]:
         "queues": dict(zip(("ready", "unsettled", "tickets", "idle"), sizes, strict=True)),
         "tasks": tasks,
         "nbytes": nbytes,
+        "datasets": sorted(map(str, map(_text, datasets))),
+        "forgotten": link.call("SCARD", of("held", "!")),
         "clients": {
             client: {"keys": keys, "lease": lease}
             for (client, lease), keys in zip(client_leases.items(), held, strict=True)

@@ -22,6 +22,12 @@ FIXED = {
     "copies": "copies",  # set: keys of which more copies are wanted than any one
     "constraints": "constraints",  # hash: constraint -> number of records
     "unrunnable": "unrunnable",  # hash: constraint that no live node meets -> since when it is known, ms
+    "names": "names",  # hash: name of a client with a lease of its own -> id of the client that has it now
+    "heirs": "heirs",  # hash: client that lost its name -> client that takes over what it holds
+    "datasets": "datasets",  # hash: name -> its holder "#token", newline, the pickled collection
+    "failures": "failures",  # list: key, newline, blamed key, newline, error of tasks that ran for nobody
+    "undurable": "undurable",  # set: keys in memory that are to be durable and are not yet
+    "debris": "debris",  # set: tokens of durable files that no record names any more
     "jobs": "jobs",  # hash: job id -> JSON of what the coordinator is to do, and how far it is
     "leader": "leader",  # string with a time to live: id of the leading coordinator
 }
@@ -31,7 +37,7 @@ PREFIXES = {
     "blob": "b:",  # hash per result or payload, named <token>:<key>: "h" head, "0", "1", ... pieces
     "reply": "re:",  # list with a time to live: what an agent says to one who waits for a result
     "function": "f:",  # string per function hash: the pickled function
-    "held": "c:",  # set per client: keys it holds
+    "held": "c:",  # set per client, dataset ("#token") and "!": keys it holds
     "notices": "n:",  # stream per client: changes of state of what it holds
     "slot": "s:",  # hash per slot: key -> attempt of every task it owns
     "home_queue": "ready:",  # zset per node: rank + size class + key of ready tasks for it; as `ready`
@@ -55,7 +61,7 @@ META = {
 }
 TASK = {
     "core": "s",  # see CORE
-    "recipe": "f",  # see RECIPE; absent for scattered data
+    "recipe": "f",  # see RECIPE; absent for scattered data, and for what is durable
     "payload": "p",  # pickled arguments
     "payload_blob": "q",  # token of the blob that holds a large payload
     "deps": "d",  # keys joined by newlines
@@ -85,7 +91,8 @@ one space between, and the holders in lines of their own.
   processing.
 - flags: letters of FLAGS: one look tells what few records have.
 - holders: lines "client epoch": who holds it, and its number for the call that took the hold; "@key 0" is the
-  result of key, which contains a future of this one.
+  result of key, which contains a future of this one; "#token 1" a dataset; "! 0" means that it runs to its
+  end though nobody holds it.
 """
 RECIPE = ("rank", "priority", "function")
 """What never changes of a task, as words.
@@ -95,8 +102,9 @@ RECIPE = ("rank", "priority", "function")
 - function: hash of the pickled function.
 """
 GIVEN = ("place", "nbytes", "key", "value")
-"""Inputs that were there, and small, when the task was submitted. They are part of it from then on: it does not
-depend on those keys, and they may be freed. For each three words with one space between, a newline, and the value.
+"""Inputs that were there, and small, when the task was submitted. They are part of it from then on: it does
+not depend on those keys, and they may be freed. For each three words with one space between, a newline, and
+the value.
 
 - place: among all inputs of the task, from 1; its deps are the others, in order.
 """
@@ -109,10 +117,13 @@ FLAGS = {
     "copies": "m",  # copies or copies_on
     "constraint": "k",
     "prefer": "h",
+    "forgotten": "f",  # "!" is among its holders
+    "durable": "d",  # its result is to outlive all nodes; once it does, the record gives up its lineage
 }
 """A letter in `flags` for each field, or fact, that few records have."""
 REPLICAS = ("token", "maker", "nbytes")
-"""What the first lines of `replicas` say; all others are places: nodes, or "@redis" for a blob.
+"""What the first lines of `replicas` say; all others are places: nodes, "@redis" for a blob, or "@durable"
+for a file under `mem_durable_url`.
 
 - token: names this version of the bytes, and the blob if there is one: the attempt, or a client's own.
 - maker: the slot that made the result, empty if a client brought it.

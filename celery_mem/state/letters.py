@@ -1,11 +1,11 @@
 """What the agent of a node is asked to do: the messages of its mailbox, see `Store.mail`.
 
-Scripts write one more, `d <token>`: drop a copy that was freed (lib/copies.lua).
+Scripts write `k` (lib/settle.lua), and one more, `d <token>`: drop a copy that was freed (lib/copies.lua).
 """
 
 from __future__ import annotations
 
-FIELDS = {"p": 3, "f": 3, "s": 2}
+FIELDS = {"p": 3, "f": 3, "s": 2, "k": 2}
 """Number of fields of each message; the last one is a key, which may hold spaces."""
 
 
@@ -22,3 +22,8 @@ def fetch_copy(token: str, nbytes: int, key: str) -> str:
 def save_copy(token: str, key: str) -> str:
     """Ask a node that has a copy for a lasting one in Redis."""
     return f"s {token} {key}"
+
+
+def keep_copy(token: str, key: str) -> str:
+    """Ask a node that has a copy for one that outlives all nodes."""
+    return f"k {token} {key}"

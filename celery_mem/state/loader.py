@@ -24,6 +24,12 @@ _NAME = re.compile(r"\b([KFLMN])\.([a-z_]+)\b")
 _LIB = re.compile(r"^-- LIB +(.*)$", re.MULTILINE)
 _LOCAL = re.compile(r"local (?:function )?([\w, ]+?)(?: =.*|\(.*|)$", re.MULTILINE)
 _WORD = re.compile(r"\w+")
+MANY_LOCALS = 183
+"""Lua has room for 200 in a function, with those of loops and inner blocks.
+
+Above this, the own part of a script gets a function of its own, which may use 60 of the names before it
+and is a little slower.
+"""
 _FOLDER = files("celery_mem.state") / "scripts"
 
 
@@ -72,7 +78,15 @@ def _leave_out_unused(shared: str, body: str) -> str:
         if match is None or not used.isdisjoint(_WORD.findall(match[1])):
             kept.append(statement)
             used.update(_WORD.findall(statement))
-    return "\n".join(reversed(kept))
+    shared = "\n".join(reversed(kept[1:]))
+    if _count_locals(shared) + _count_locals(body) > MANY_LOCALS:
+        body = f"return (function()\nlocal call = call\n{body}\nend)()"
+    return f"{shared}\n{body}"
+
+
+def _count_locals(source: str) -> int:
+    found = (_LOCAL.match(line) for line in source.splitlines())
+    return sum(len(match[1].split(",")) for match in found if match)
 
 
 def _statements(source: str) -> list[str]:

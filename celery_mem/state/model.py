@@ -25,7 +25,7 @@ from celery_mem.state.placement import (
     size_class,
     wait_ms,
 )
-from celery_mem.state.store import REDIS
+from celery_mem.state.store import DURABLE, OUTLIVE_NODES, REDIS
 
 WAITING, READY, PROCESSING = "waiting", "ready", "processing"
 MEMORY, ERRED, RELEASED, LOST = "memory", "erred", "released", "lost"
@@ -159,7 +159,14 @@ class Record:
     is_placed: bool = False  # whether the three above are up to date, while ready
     error: bytes | None = None  # Invariant: given exactly while erred and to blame for it
     blame: str | None = None  # Invariant: given exactly while erred
-    holders: dict[str, int] = field(default_factory=dict)  # client -> epoch of its hold; "@key", see Data
+    durable: bool = False  # it is to outlive all nodes
+    # client -> epoch of its hold; "@key", see Data; "#token" is a dataset, "!" a task that runs for nobody
+    holders: dict[str, int] = field(default_factory=dict)
+
+
+def is_client(holder: str) -> bool:
+    """Tell whether a holder is a client, and no result, dataset, or task that runs for nobody."""
+    return not holder.startswith(("@", "#", "!"))
 
 
 class Model:
@@ -173,6 +180,10 @@ class Model:
         self.last_attempt = 0
         self.choices: dict[str, str] = {}  # key -> which of several nodes is to be its home
         self.notices: list[Notice] = []
+        self.names: dict[str, str] = {}  # name -> client
+        self.datasets: dict[str, str] = {}  # name -> holder
+        self.failures: list[tuple[str, str]] = []  # key, blame
+        self.debris: list[str] = []  # tokens of durable files
 
     # --- what follows from the records ----------------------------------------------------------------------
 
@@ -382,7 +393,69 @@ class Model:
 
     def expire_client(self, client: str) -> None:
         """Release all that `client` holds."""
+        self.names = {name: owner for name, owner in self.names.items() if owner != client}
         self.release(client, list(self.records))
+
+    # --- results that need no client
+
+    def take_over(self, client: str, name: str, epoch: int) -> None:
+        """`client` gets a name, and the holds of the one that had it."""
+        before = self.names.get(name, client)
+        self.names[name] = client
+        for key, record in self.records.items():
+            if (
+                before != client
+                and record.holders.pop(before, None) is not None
+                and client not in record.holders
+            ):
+                record.holders[client] = epoch
+                self._tell_state(client, [(key, epoch)])
+        self.settle()
+
+    def publish(self, name: str, holder: str, keys: Sequence[str], override: bool) -> bool:
+        """A dataset holds `keys`, if it may in the place of one of that name; tell whether it is there."""
+        for key in keys:
+            if key in self.records:
+                self.records[key].holders[holder] = 1
+        before = self.datasets.get(name)
+        if before is not None and not override:
+            self.release(holder, keys)
+            return False
+        self.datasets[name] = holder
+        if before is not None:
+            self.release(before, list(self.records))
+        self.settle()
+        return True
+
+    def unpublish(self, name: str) -> None:
+        """A dataset holds nothing any more."""
+        self.release(self.datasets.pop(name, ""), list(self.records))
+
+    def entrust(self, keys: Iterable[str]) -> list[str]:
+        """Tasks run to their end though nobody holds them; return the keys without a record."""
+        unknown = []
+        for key in keys:
+            record = self.records.get(key)
+            if record is None:
+                unknown.append(key)
+            elif record.state in ACTIVE | {RELEASED}:
+                record.holders["!"] = 0
+            elif record.state == ERRED:
+                self.failures.append((key, record.blame or key))
+        self.settle()
+        return unknown
+
+    def make_durable(self, keys: Iterable[str]) -> list[str]:
+        """Results are to outlive all nodes; return the keys without a record."""
+        unknown = []
+        for key in keys:
+            if record := self.records.get(key):
+                record.durable = True
+                self._ask_for_durable_copy(record)
+            else:
+                unknown.append(key)
+        self.settle()
+        return unknown
 
     def heartbeat(self, node: str, **fields: Any) -> None:
         """A node lives; `fields` are what it tells of itself."""
@@ -411,8 +484,10 @@ class Model:
             record = self.records.get(key)
             if record and self._names(record, token) and self._is_place(place) and is_there:
                 record.places.add(place)
+                self._ask_for_durable_copy(record)
             else:
                 refused.append(key)
+        self.settle()
         return refused
 
     def lose(self, place: str, items: Iterable[tuple[str, str]]) -> None:
@@ -429,7 +504,10 @@ class Model:
             if record is None or not self._has_copy(record, token, place) or place in record.copies_on:
                 continue
             left = record.places - {place}
-            if left and (record.copies == 1 or place == REDIS or len(left - {REDIS}) >= record.copies):
+            if record.durable and place in OUTLIVE_NODES and not left & OUTLIVE_NODES:
+                continue
+            enough = len(left - OUTLIVE_NODES) >= record.copies
+            if left and (record.copies == 1 or place in OUTLIVE_NODES or enough):
                 record.places = left
                 self._mail_drop(place, token)
                 dropped.append(key)
@@ -468,12 +546,22 @@ class Model:
         if key not in self.records:  # forgotten meanwhile
             return False
         record = self.records[key]
+        if record.function is not None and self._is_durable(record):  # nobody needs its lineage any more
+            record.function, record.payload, record.deps, record.given = None, b"", (), {}
+            record.constraint, record.prefer, record.rank, record.priority = "", (), "", 0
+            return True
         return self._settle_wanted(record) if self.wanted(key) else self._settle_unwanted(record)
 
     def _settle_unwanted(self, record: Record) -> bool:
         record.copies, record.copies_on = 1, ()
         if record.state in ACTIVE:
             self._become(record, RELEASED)
+        elif record.function is None and self._is_durable(record) and self.dependents(record.key):
+            for place in record.places - OUTLIVE_NODES:  # what depends on it has no other lineage
+                self._mail_drop(place, record.data.token if record.data else "")
+            changed = bool(record.places - OUTLIVE_NODES)
+            record.places &= OUTLIVE_NODES
+            return changed
         elif record.state == MEMORY:
             self._become(record, RELEASED if record.function is not None else LOST)
         elif not self.dependents(record.key):
@@ -538,12 +626,16 @@ class Model:
             record.maker, record.places = maker, {data.place}
         for inner in self._inside(record):
             inner.holders[f"@{record.key}"] = 0
+        self._ask_for_durable_copy(record)
         self._tell(record, self._code(record))
+        record.holders.pop("!", None)
 
     def _err(self, record: Record, blame: str, error: bytes | None = None) -> None:
         self._become(record, ERRED)
         record.blame, record.error = blame, error
-        self._tell(record, "e")
+        self._tell(record, self._code(record))
+        if record.holders.pop("!", None) is not None:
+            self.failures.append((record.key, blame))
 
     def _reset(self, keys: Iterable[str]) -> None:
         """Release the erred among `keys`, erred dependencies above them and all erred below any of these."""
@@ -553,7 +645,17 @@ class Model:
             self._tell(self.records[key], "p")
 
     def _is_place(self, place: str) -> bool:
-        return place == REDIS or place in self.nodes
+        return place in OUTLIVE_NODES or place in self.nodes
+
+    def _is_durable(self, record: Record) -> bool:
+        """Tell whether a result that was to outlive all nodes does."""
+        if not record.durable or record.data is None:
+            return False
+        return record.data.value is not None or bool(record.places & OUTLIVE_NODES)
+
+    def _ask_for_durable_copy(self, record: Record) -> None:
+        if record.durable and record.data is not None and not self._is_durable(record):
+            self.mail.append((min(record.places), f"k {record.data.token} {record.key}"))
 
     def _names(self, record: Record, token: str) -> bool:
         """Tell whether this version is the one of which there are copies."""
@@ -563,7 +665,9 @@ class Model:
         return self._names(record, token) and place in record.places
 
     def _mail_drop(self, place: str, token: str) -> None:
-        if place != REDIS:
+        if place == DURABLE:
+            self.debris.append(token)
+        elif place != REDIS:
             self.mail.append((place, f"d {token}"))
 
     def _lose_copy(self, key: str, token: str, place: str) -> None:
@@ -572,8 +676,11 @@ class Model:
         if record is None or not self._has_copy(record, token, place):
             return
         record.places.discard(place)
-        self._mail_drop(place, token)
-        if not record.places:
+        if place != DURABLE or not record.places:  # else it is written again under that name
+            self._mail_drop(place, token)
+        if record.places:
+            self._ask_for_durable_copy(record)
+        else:
             self._become(record, RELEASED if record.function is not None else LOST)
             self._tell(record, "p" if record.function is not None else "l")
             for name in self.dependents(key):
@@ -713,11 +820,17 @@ class Model:
     def _code(self, record: Record) -> str:
         if record.data is not None:
             return "M" if record.data.value is None else "m"
-        return {ERRED: "e", LOST: "l"}[record.state]
+        if (
+            record.state == ERRED
+            and record.blame is not None
+            and self.records[record.blame].error is not None
+        ):
+            return "e"
+        return "l"
 
     def _tell(self, record: Record, code: str) -> None:
         for client, epoch in record.holders.items():
-            if not client.startswith("@"):
+            if is_client(client):
                 self.notices.append(Notice(client, record.key, epoch, code))
 
     def _tell_state(self, client: str, holds: Iterable[tuple[str, int]]) -> None:
@@ -769,6 +882,7 @@ class Model:
                 "contains": list(r.data.contains) if r.data else [],
                 "error": r.error,
                 "blame": r.blame,
+                "durable": r.durable,
             }
             for key, r in sorted(self.records.items())
         }
@@ -787,7 +901,7 @@ class Model:
                 functions[r.function] = functions.get(r.function, 0) + 1
             if r.constraint:
                 constraints[r.constraint] = constraints.get(r.constraint, 0) + 1
-            for node in r.places - {REDIS}:
+            for node in r.places - OUTLIVE_NODES:
                 node_keys.setdefault(node, []).append(key)
         return {
             "records": records,
@@ -808,6 +922,13 @@ class Model:
             "constraints": constraints,
             "node_keys": node_keys,
             "copies": [key for key, r in sorted(self.records.items()) if r.copies > 1 or r.copies_on],
+            "undurable": [
+                key
+                for key, r in sorted(self.records.items())
+                if r.durable and r.state == MEMORY and not self._is_durable(r)
+            ],
+            "names": dict(self.names),
+            "datasets": dict(self.datasets),
             "last_attempt": self.last_attempt,
         }
 
@@ -822,7 +943,7 @@ class Model:
             states = {self.records[d].state for d in r.deps}
             if self.wanted(key):
                 assert r.state != RELEASED, f"rule 3: {key} is wanted and nobody makes it"
-            else:
+            elif not (r.function is None and self._is_durable(r) and self.dependents(key)):
                 assert r.state not in ACTIVE | {MEMORY}, f"rule 1: {key} is {r.state} and nobody wants it"
             if r.state == WAITING:
                 assert self.waiting(key) > 0, f"rule 6: {key} waits for nothing"
@@ -832,7 +953,11 @@ class Model:
                 assert not r.home or r.home in self.nodes, f"{key} is in the queue of {r.home}, which is gone"
             assert (r.owner is not None) == (r.state == PROCESSING), f"rule 6: owner of {key}"
             assert (r.data is not None) == (r.state == MEMORY), f"data of {key}, which is {r.state}"
-            assert r.places <= {REDIS, *self.nodes}, f"rule 7: {key} has a copy on a node that is gone"
+            assert r.function is None or not self._is_durable(r), f"{key} is durable and keeps its lineage"
+            assert "!" not in r.holders or r.state in ACTIVE, f"{key} is {r.state} and runs for nobody"
+            assert r.places <= {*OUTLIVE_NODES, *self.nodes}, (
+                f"rule 7: {key} has a copy on a node that is gone"
+            )
             assert bool(r.places) == (r.data is not None and r.data.value is None), f"copies of {key}"
             assert (r.blame is not None) == (r.state == ERRED), f"blame of {key}, which is {r.state}"
             assert (r.error is not None) == (r.blame == key), f"error bytes of {key}, blamed on {r.blame}"

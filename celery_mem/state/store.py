@@ -22,7 +22,10 @@ PAGE = 1000
 
 
 REDIS = "@redis"
-"""The place of a copy that is a blob in Redis; every other place is the name of a node."""
+"""The place of a copy that is a blob in Redis."""
+DURABLE = "@durable"
+"""The place of a copy that is a file under `mem_durable_url`; every other place is the name of a node."""
+OUTLIVE_NODES = frozenset({REDIS, DURABLE})
 
 
 class NewTask(NamedTuple):
@@ -267,9 +270,28 @@ class Store:
 
     # --- clients ---
 
-    def renew_client(self, client: str, *, join: bool = False) -> None:
+    def renew_client(self, client: str, *, join: bool = False, lease_s: float | None = None) -> None:
         """Give `client` its lease, or renew it. Raises UnknownClientError if it had run out."""
-        self._run("renew_client", client, _ms(self.settings.client_lease), int(join))
+        lease = self.settings.client_lease if lease_s is None else lease_s
+        self._run("renew_client", client, _ms(lease), int(join))
+
+    def claim_name(self, client: str, name: str, lease_s: float) -> list[str]:
+        """Give `client` a name and a lease; returns the clients whose holds it is to `inherit`."""
+        return _texts(self._run("claim_name", client, name, _ms(lease_s)))
+
+    def owner_of_name(self, name: str) -> str:
+        """Return the client that has a name now; empty if nobody has. A plain read."""
+        found = self.link.call("HGET", self.keys.fixed("names"), name)
+        return "" if found is None else found.decode()
+
+    def inherit(self, client: str, epoch: int, *, most: int = 500) -> tuple[int, Tickets]:
+        """Take over holds of those that lost their names to `client`; returns how many are left."""
+        left, tickets = self._graph("inherit", client, epoch, self.settings.notice_limit, most)
+        return left, _tickets(tickets)
+
+    def held_by(self, holder: str) -> list[str]:
+        """Return the keys that a client, a dataset or "!" holds. Plain reads, in pages."""
+        return self._members(self.keys.of("held", holder))
 
     def expire_client(self, client: str, *, fence: str = "", most: int = 500) -> tuple[int, Tickets]:
         """Release up to `most` holds of a client that closed or whose lease is over; returns holds left."""
@@ -382,6 +404,67 @@ class Store:
     def retry(self, keys: Iterable[str]) -> Tickets:
         """Run erred tasks again."""
         return _tickets(self._graph("retry", *keys))
+
+    # --- results that need no client ---
+
+    def entrust(self, keys: Sequence[str]) -> list[str]:
+        """Have tasks run to their end though nobody holds them any more; returns keys that do not exist."""
+        return _texts(self._graph("entrust", *keys))
+
+    def make_durable(self, keys: Sequence[str]) -> tuple[list[str], Tickets]:
+        """Have results outlive all nodes as soon as they are there; returns keys that do not exist."""
+        unknown, tickets = self._graph("make_durable", *keys)
+        return _texts(unknown), _tickets(tickets)
+
+    def undurable_keys(self) -> list[str]:
+        """Return keys in memory that are to be durable and are not yet. Plain reads, in pages."""
+        return self._members(self.keys.fixed("undurable"))
+
+    def publish(self, name: str, holder: str, content: bytes, *, override: bool = False) -> str:
+        """Give a dataset its name; `holder` joined as a client before and holds its keys.
+
+        Returns the holder of the dataset that had the name, which is to be expired; empty if none had it.
+
+        Raises:
+            NameTakenError: a dataset has the name, and is not to be overridden.
+            UnknownClientError: the holder's lease ran out.
+        """
+        found: bytes = self._run("publish", name, holder, int(override), content)
+        return found.decode()
+
+    def unpublish(self, name: str) -> str:
+        """Take a dataset back; returns its holder, which is to be expired, or an empty text."""
+        found: bytes = self._run("unpublish", name)
+        return found.decode()
+
+    def dataset(self, name: str) -> tuple[str, bytes] | None:
+        """Return holder and content of a dataset; None if there is none. A plain read."""
+        found = self.link.call("HGET", self.keys.fixed("datasets"), name)
+        if found is None:
+            return None
+        holder, _, content = found.partition(b"\n")
+        return holder.decode(), content
+
+    def dataset_names(self) -> list[str]:
+        """Return the names of all datasets. A plain read."""
+        return _texts(self.link.call("HKEYS", self.keys.fixed("datasets")))
+
+    def log_failures(
+        self, fence: str = "", *, logged: int = 0, most: int = 100
+    ) -> list[tuple[str, str, bytes]]:
+        """Drop failures that were logged; returns the next ones: key, key to blame, pickled error."""
+        found = self._run("log_failures", fence, logged, most)
+        entries = (entry.split(b"\n", 2) for entry in found)
+        return [(key.decode(), blame.decode(), error) for key, blame, error in entries]
+
+    def debris(self) -> list[str]:
+        """Return tokens of durable files that no record names any more. Plain reads, in pages."""
+        return self._members(self.keys.fixed("debris"))
+
+    def clear_debris(self, tokens: Sequence[str], *, fence: str = "") -> int:
+        """Note that durable files are deleted; returns how many are not yet."""
+        left: int = self._run("clear_debris", fence, *tokens)
+        return left
 
     # --- slots and nodes ---
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from celery_mem.errors import CeleryMemError
 from celery_mem.memory.asking import Listener, NobodyThere, ask, in_datagrams, listeners, socket_name
 from celery_mem.memory.audit_files import YOUNG_S
+from celery_mem.memory.durable import DurableFiles, durable_files
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import is_alive
 from celery_mem.memory.publisher import Publisher, find_here
 from celery_mem.memory.reader import Found, Reader, Sources, find_sources
 from celery_mem.memory.roots import AGENT_SOCKET
 from celery_mem.memory.serialize import Frames
-from celery_mem.state.store import Store
+from celery_mem.state.store import DURABLE, Store
 from celery_mem.worker.keeper import MemoryKeeper
 from celery_mem.worker.mailbox import Mailbox
 from celery_mem.worker.memory import save
@@ -55,6 +56,7 @@ class Housekeeper:
             piece_bytes=store.settings.piece_bytes,
             lease_s=store.settings.blob_lease,
         )
+        self._durable = durable_files(store.settings)
         self._reader = Reader(
             self._moves.link,
             store.keys,
@@ -62,6 +64,7 @@ class Housekeeper:
             mail=self._moves.mail,
             node=node,
             folder=folder,
+            durable=self._durable,
         )
         self.mailbox = Mailbox(node, store, self.drop, self._move)
         self._processes: set[str] = set()
@@ -163,6 +166,8 @@ class Housekeeper:
         elif verb == "f":
             token, _, key = fields
             self._fetch(token, key)
+        elif verb == "k" and self._durable is not None:
+            self._keep(self._durable, *fields)
         else:
             self._save(*fields)
 
@@ -182,6 +187,16 @@ class Housekeeper:
         folders = map(self._reader.folders.of, sources.places)
         if not any(folder is not None and self.folder.link(folder, sources.token) for folder in folders):
             self.folder.write(sources.token, found.head, found.buffers)
+
+    def _keep(self, durable: DurableFiles, token: str, key: str) -> None:
+        found = find_here(self.folder, token)
+        if found is None:
+            return  # freed meanwhile, or lost; then whoever misses it says so
+        durable.write(token, found.head, found.buffers)
+        if self._moves.gain(DURABLE, [(key, token)]):
+            durable.drop(token)
+        elif not durable.has(token):  # a coordinator was deleting an earlier file of this name
+            self._moves.lose(DURABLE, [(key, token)])
 
     def _save(self, token: str, key: str) -> bool:
         found = find_here(self.folder, token)

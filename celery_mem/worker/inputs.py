@@ -10,10 +10,11 @@ from celery_mem.config import Settings
 from celery_mem.errors import DataLostError
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
+from celery_mem.memory.durable import durable_files, read_durable
 from celery_mem.memory.files import MAP_LEAST
 from celery_mem.memory.reader import Gone, Reader, Sources, find_sources
 from celery_mem.memory.serialize import Frames, loads, loads_inline
-from celery_mem.state.store import Input, Store
+from celery_mem.state.store import DURABLE, Input, Store
 from celery_mem.worker.cache import Cached, ResultCache
 from celery_mem.worker.live import Copy
 from celery_mem.worker.memory import WRITE_TIMEOUT_S, ProcessMemory
@@ -56,6 +57,7 @@ class StoredInputs:
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
         self.results = ResultCache(settings.cache_bytes)
+        self.durable = durable_files(settings)
 
     def read(self, given: Sequence[Input]) -> list[Any]:
         return [self._read(i) for i in given]
@@ -74,7 +76,11 @@ class StoredInputs:
         cached = self.results.get(f"{sources.token}:{given.key}")
         if cached is not None:
             return loads(cached.head, [bytearray(b) for b in cached.buffers], what)
+        found: tuple[Any, list[Any]] | None
         found = blobs.read(self.store.link, self.store.keys.blob(sources.token, given.key), given.key)
+        if found is None and DURABLE in sources.places:
+            kept = read_durable(self.durable, given.key, sources.token)
+            found = None if kept is None else (kept.head, kept.buffers)
         if found is None:
             raise InputsMissingError([(given.key, sources.token, place) for place in sources.places])
         self._keep(sources.token, given.key, bytes(found[0]), found[1])
@@ -100,6 +106,7 @@ class NodeInputs:
             mail=store.mail,
             node=memory.node,
             folder=memory.folder,
+            durable=durable_files(store.settings),
         )
 
     def read(self, given: Sequence[Input]) -> list[Any]:

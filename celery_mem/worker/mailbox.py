@@ -22,7 +22,7 @@ WAIT_S = 1.0
 RETRY_S = 1.0
 
 Mover = Callable[[str, list[str]], None]
-"""Does what a message says that moves data: `p`, `f` or `s` with its fields; the last one may hold spaces."""
+"""Does what a message says that moves data: `p`, `f`, `s` or `k` and its fields; the last may hold spaces."""
 
 
 class Mailbox:

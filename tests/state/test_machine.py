@@ -24,10 +24,16 @@ from hypothesis.stateful import (
 )
 
 from celery_mem.config import Settings
-from celery_mem.errors import UnknownDependencyError, UnknownFunctionError, UnknownNodeError
+from celery_mem.errors import (
+    NameTakenError,
+    UnknownClientError,
+    UnknownDependencyError,
+    UnknownFunctionError,
+    UnknownNodeError,
+)
 from celery_mem.state import store as scripts
 from celery_mem.state.audit import Contents, audit, read, violations
-from celery_mem.state.keys import TASK
+from celery_mem.state.keys import FLAGS, TASK
 from celery_mem.state.link import Command, Link
 from celery_mem.state.model import (
     ERRED,
@@ -45,7 +51,7 @@ from celery_mem.state.model import (
     Task,
 )
 from celery_mem.state.records import read_given, read_result
-from celery_mem.state.store import REDIS, Store
+from celery_mem.state.store import DURABLE, REDIS, Store
 from tests.conftest import NOW_MS, delete_namespace, fake_link
 
 EFFORT = int(os.environ.get("CELERY_MEM_TEST_EFFORT", "1"))  # 1 takes half a minute; more finds more
@@ -53,7 +59,7 @@ ENOUGH = 100_000  # a budget that no call here spends
 CLIENTS = ("alice", "bob")
 SLOTS = {"s1": "a@one", "s2": "b@two", "s3": "b@two"}  # slot -> its node
 NODES = {"a@one": {}, "b@two": {"GPU": 1, "TPU": 2}, "c@two": {}}  # node -> its resources
-PLACES = [REDIS, *NODES]
+PLACES = [REDIS, DURABLE, *NODES]
 CONSTRAINTS = [
     '{"workers":["a@one"]}',
     '{"resources":{"GPU":1}}',
@@ -297,6 +303,72 @@ class Twins:
         assert (sorted(keys), sorted(killed)) == tuple(map(sorted, expected))
         self.compare()
 
+    # --- results that need no client
+
+    def take_over(self, client: str, other: str, epoch: int) -> None:
+        """`client` gets the name that `other` had, in calls that are repeated; `other` joins again."""
+        store, name = self.store, "a name"
+        if self.model.names.get(name) != other:
+            store.claim_name(other, name, 60)
+            self.take_over_rest(other, epoch)
+            self.model.take_over(other, name, epoch)
+            self.compare()
+        for _ in range(2):
+            assert store.claim_name(client, name, 60) == [other]
+        assert audit(store) == []
+        assert store.expire_client(other)[0] == 0  # it signs off, and has nothing any more
+        self.take_over_rest(client, epoch)
+        store.renew_client(other, join=True)
+        self.model.take_over(client, name, epoch)
+        self.compare()
+
+    def take_over_rest(self, client: str, epoch: int) -> None:
+        while self.store.inherit(client, epoch, most=2)[0]:
+            self.drain()
+        if self.is_lazy:
+            self.drain()
+
+    def publish(self, name: str, keys: list[str], override: bool, times: int = 1) -> None:
+        holder = f"#{next(self.tokens)}"
+        self.store.renew_client(holder, join=True)
+        self.store.hold(holder, 1, keys)
+        if self.is_lazy:
+            self.drain()
+        is_new = self.model.publish(name, holder, keys, override)
+        for _ in range(times):
+            try:
+                before = self.store.publish(name, holder, b"a\nb", override=override)
+            except NameTakenError:
+                assert not is_new
+                before = holder
+            if before:
+                self.expire_holder(before)
+        assert self.store.dataset(name) == (self.model.datasets[name], b"a\nb")
+        self.compare()
+
+    def unpublish(self, name: str, times: int = 1) -> None:
+        for _ in range(times):
+            if holder := self.store.unpublish(name):
+                self.expire_holder(holder)
+            self.model.unpublish(name)
+            self.compare()
+
+    def expire_holder(self, holder: str) -> None:
+        while self.store.expire_client(holder, fence="", most=2)[0]:
+            self.drain()
+        if self.is_lazy:
+            self.drain()
+
+    def entrust(self, keys: list[str], times: int = 1) -> None:
+        for _ in range(times):
+            assert self.store.entrust(keys) == self.model.entrust(keys)
+            self.compare()
+
+    def make_durable(self, keys: list[str], times: int = 1) -> None:
+        for _ in range(times):
+            assert self.store.make_durable(keys)[0] == self.model.make_durable(keys)
+            self.compare()
+
     # --- copies and nodes
 
     def gain(
@@ -399,6 +471,10 @@ class Twins:
         assert found == expected
         self.compare_notices(found["records"], but_notices_of)
         assert sorted(take_mail(self.store)) == sorted(self.model.take_mail())
+        assert take_failures(self.store) == sorted(set(self.model.failures))
+        assert sorted(contents.debris) == sorted(set(self.model.debris))
+        self.store.clear_debris(sorted(contents.debris))
+        self.model.failures, self.model.debris = [], []
         unrunnable = {constraint: n for constraint, (n, _) in self.store.unrunnable().items()}
         assert unrunnable == self.model.unrunnable()
         self.model.check()
@@ -436,10 +512,19 @@ class Twins:
 
     def close(self) -> None:
         """End all clients: nothing may be left."""
+        for name in list(self.model.datasets):
+            self.unpublish(name)
+        self.end_forgotten()
         for client in CLIENTS:
             self.expire_client(client)
         assert self.model.records == {}
         delete_namespace(self.store)
+
+    def end_forgotten(self) -> None:
+        """Nothing runs for nobody any more."""
+        keys = [key for key, r in self.model.records.items() if "!" in r.holders]
+        if keys:
+            self.cancel("alice", keys, force=True)
 
 
 def as_new(t: Task) -> scripts.NewTask:
@@ -511,6 +596,7 @@ def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
             "contains": row.contains,
             "error": error,
             "blame": row.blame or None,
+            "durable": FLAGS["durable"] in row.flags,
         }
     return {
         "records": records,
@@ -525,7 +611,17 @@ def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
         "constraints": c.constraints,
         "node_keys": {node: sorted(keys) for node, keys in c.node_keys.items()},
         "copies": sorted(c.copies),
+        "undurable": sorted(c.undurable),
+        "names": c.names,
+        "datasets": c.datasets,
     }
+
+
+def take_failures(store: Store) -> list[tuple[str, str]]:
+    """Read and remove what failed for nobody: key, key to blame."""
+    found = store.log_failures()
+    assert store.log_failures(logged=len(found)) == []
+    return sorted({(key, blame) for key, blame, _ in found})
 
 
 def take_mail(store: Store) -> list[tuple[str, str]]:
@@ -544,6 +640,8 @@ def take_notices(store: Store) -> list[tuple[str, str, int, str, bytes]]:
         for _, fields in entries:
             for key, text in zip(fields[::2], fields[1::2], strict=True):
                 epoch, _, rest = text.partition(b" ")
+                if key == b"":
+                    continue  # a word about its name
                 found.append((client, key.decode(), int(epoch), rest[:1].decode(), rest[1:]))
     return found
 
@@ -557,7 +655,7 @@ DATA = st.builds(
     nbytes=st.sampled_from([0, 9, 200_000, 50_000_000]),
     type=st.sampled_from(["int", "ndarray"]),
     value=st.sampled_from([b"", b"abc", MEDIUM, None, None]),
-    place=st.sampled_from(PLACES),
+    place=st.sampled_from([REDIS, *NODES]),
 )
 
 
@@ -658,6 +756,30 @@ class Machine(RuleBasedStateMachine):
     def put(self, data: st.DataObject, client: str, times: int) -> None:
         key = data.draw(st.sampled_from(SCATTERED * 3 + self.known_keys()), "key")
         self.twins.put(client, self.next_epoch(), key, data.draw(data_of(key), "data"), times)
+
+    @rule(
+        data=st.data(),
+        event=st.sampled_from(
+            ["publish", "override", "unpublish", "entrust", "durable", "durable", "take over"]
+        ),
+        times=TIMES,
+    )
+    def do_without_client(self, data: st.DataObject, event: str, times: int) -> None:
+        """Something that makes results live longer than their client."""
+        keys = data.draw(st.lists(st.sampled_from(self.known_keys()), min_size=1, max_size=3), "keys")
+        name = data.draw(st.sampled_from(["one", "two"]), "dataset")
+        match event:
+            case "publish" | "override":
+                self.twins.publish(name, keys, event == "override", times)
+            case "unpublish":
+                self.twins.unpublish(name, times)
+            case "entrust":
+                self.twins.entrust(keys, times)
+            case "durable":
+                self.twins.make_durable(keys, times)
+            case _:
+                client, other = data.draw(st.sampled_from([CLIENTS, CLIENTS[::-1]]), "heir")
+                self.twins.take_over(client, other, self.next_epoch())
 
     def known_keys(self) -> list[str]:
         """Keys with records twice, all others once."""
@@ -963,6 +1085,35 @@ class LazyMachine(RuleBasedStateMachine):
     def want_copies(self, keys: list[str], n: int) -> None:
         self.store.want_copies(keys, n)
 
+    @rule(keys=SOME_KEYS)
+    def make_durable(self, keys: list[str]) -> None:
+        self.store.make_durable(keys)
+
+    @rule(keys=SOME_KEYS)
+    def entrust(self, keys: list[str]) -> None:
+        self.store.entrust(keys)
+
+    @rule(keys=SOME_KEYS, event=st.sampled_from(["publish", "unpublish", "expire"]))
+    def change_dataset(self, keys: list[str], event: str) -> None:
+        if event == "unpublish":
+            self.store.unpublish("one")
+        elif event == "expire":
+            for holder in self.store.overdue("clients"):
+                self.store.expire_client(holder, most=2)
+        else:
+            holder = f"#{self.next_number()}"
+            self.store.renew_client(holder, join=True)
+            self.store.hold(holder, 1, keys)
+            self.store.publish("one", holder, b"", override=True)
+
+    @rule(keys=SOME_KEYS, most=st.sampled_from([0, 1, 50]))
+    def take_over(self, keys: list[str], most: int) -> None:
+        """A name goes from client to client, before what the last ones held was inherited or after."""
+        heir = f"heir{self.next_number()}"
+        self.store.claim_name(heir, "a name", 60)
+        self.store.inherit(heir, self.next_number(), most=most)
+        self.store.hold(heir, self.next_number(), keys)
+
     @rule(node=A_NODE)
     def leave_node(self, node: str) -> None:
         for slot in self.store.leave_node(node, most=2).slots:
@@ -987,9 +1138,14 @@ class LazyMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "store") and self.is_sound:
-            for client in CLIENTS:
-                while self.store.expire_client(client, most=3)[0]:
-                    pass
+            self.store.unpublish("one")
+            drain(self.store)
+            ends = [key for key, row in read(self.store).records.items() if "!" in row.holders]
+            self.store.cancel("alice", ends, force=True)
+            while clients := list(read(self.store).clients):
+                for client in clients:
+                    while self.store.expire_client(client, most=3)[0]:
+                        pass
             drain(self.store)
             assert audit(self.store) == []
             assert read(self.store).records == {}
@@ -1300,3 +1456,191 @@ def test_given_inputs_come_in_their_places_among_the_others(twins):
         ("d1", "v", MEDIUM),
         ("d2", "v", b""),
     ]
+
+
+def test_what_a_name_holds_changes_hands_without_a_moment_in_which_nobody_holds_it(twins):
+    twins.submit("alice", 1, 1, [a_task("k00"), a_task("k01", order=1), a_task("k02", order=2)])
+    run(twins, "k00")
+    fail(twins, "k01")
+    twins.take_over("bob", "alice", 7)
+    assert read(twins.store).held == {"bob": {"k00", "k01", "k02"}}
+    run(twins, "k02")
+
+
+def test_what_an_heir_holds_by_itself_keeps_its_number(twins):
+    twins.put("alice", 1, "d0", Data(1, "int", b"1"))
+    twins.hold("bob", 2, ["d0"])
+    twins.take_over("bob", "alice", 7)
+    assert read(twins.store).records["d0"].holders == {"bob": 2}
+
+
+def test_a_client_that_lost_its_name_can_neither_submit_nor_renew_nor_release_all(link):
+    store = new_store(link, ENOUGH)
+    store.claim_name("alice", "a name", 60)
+    store.put("alice", 1, [scripts.NewData("d0", 1, "int", "v", b"1")])
+    assert store.claim_name("heir", "a name", 60) == ["alice"]
+    for refused in (
+        lambda: store.renew_client("alice"),
+        lambda: store.hold("alice", 2, ["d0"]),
+        lambda: store.put("alice", 2, [scripts.NewData("d1", 1, "int", "v", b"1")]),
+        lambda: store.submit("alice", 2, [as_new(a_task("k00"))], FUNCTIONS.items()),
+    ):
+        with pytest.raises(UnknownClientError):
+            refused()
+    for fence in ("", None):
+        assert store.expire_client("alice", fence=fence or "")[0] == 0
+    assert read(store).records.keys() == {"d0"}
+    assert store.inherit("heir", 3) == (0, [])
+    assert read(store).records["d0"].holders == {"heir": 3}
+    assert audit(store) == []
+
+
+def test_an_heir_that_dies_before_it_inherited_leaves_all_to_the_next_one_or_to_nobody(link):
+    store = new_store(link, ENOUGH)
+    store.claim_name("first", "a name", 60)
+    store.put("first", 1, [scripts.NewData(key, 1, "int", "v", b"1") for key in ("d0", "d1")])
+    store.claim_name("second", "a name", 60)
+    store.inherit("second", 2, most=1)
+    assert sorted(store.claim_name("third", "a name", 60)) == ["first", "second"]
+    assert audit(store) == []
+    store.expire_client("third")  # it ends before it inherited: so do they
+    assert sorted(store.overdue("clients")) == ["first", "second"]
+    for client in ("first", "second"):
+        store.expire_client(client)
+    assert (read(store).records, read(store).names, read(store).heirs) == ({}, {}, {})
+    assert audit(store) == []
+
+
+def test_a_durable_result_forgets_how_it_was_made(twins):
+    twins.submit("alice", 1, 1, [a_task("k00", hold=False), a_task("k01", "k00", order=1)])
+    twins.make_durable(["k01"], times=2)
+    run(twins, "k00")
+    assert read(twins.store).records.keys() == {"k00", "k01"}
+    run(twins, "k01")
+    assert read(twins.store).records.keys() == {"k01"}
+    assert read(twins.store).functions == {}
+
+
+def test_a_result_on_a_node_is_durable_when_its_copy_is_there_and_not_before(twins):
+    twins.submit("alice", 1, 1, [a_task("k00", hold=False), a_task("k01", "k00", order=1)])
+    twins.make_durable(["k01"])
+    run(twins, "k00")
+    twins.take("s1", 1)
+    twins.step("s1", [Done("k01", twins.claims[-1][2], Data(9, place="a@one"))])
+    token = read(twins.store).records["k01"].token
+    assert read(twins.store).undurable == {"k01"}
+    assert read(twins.store).records.keys() == {"k00", "k01"}
+    twins.gain(DURABLE, [("k01", token)], times=2)
+    assert read(twins.store).undurable == set()
+    assert read(twins.store).records.keys() == {"k01"}
+    twins.leave_node("a@one")
+    assert read(twins.store).records["k01"].places == [DURABLE]
+
+
+def test_a_durable_result_stays_while_others_need_it_as_their_lineage(twins):
+    twins.submit("alice", 1, 1, [a_task("k00", hold=False), a_task("k01", "k00", order=1)])
+    twins.make_durable(["k00"])
+    run(twins, "k00")
+    twins.take("s1", 1)
+    twins.step("s1", [Done("k01", twins.claims[-1][2], Data(9, place="a@one"))])
+    assert read(twins.store).records["k00"].state == MEMORY
+    twins.leave_node("a@one")  # with the result: it is made again from the durable one
+    twins.heartbeat("a@one", "running")
+    run(twins, "k01")
+    twins.release("alice", ["k01"])
+    assert read(twins.store).records == {}
+
+
+def test_a_durable_result_whose_copy_is_lost_says_why_and_so_does_what_depends_on_it(link):
+    store = new_store(link, ENOUGH)
+    store.put("alice", 1, [scripts.NewData("d0", 9, "bytes", "n", "7", place="a@one")])
+    store.make_durable(["d0"])
+    store.gain(DURABLE, [("d0", "7")])
+    store.submit("alice", 2, [as_new(a_task("k00", "d0"))], FUNCTIONS.items())
+    take_notices(store)
+    store.lose("a@one", [("d0", "7")])
+    store.lose(DURABLE, [("d0", "7")])
+    told = {key: (code, content) for _, key, _, code, content in take_notices(store)}
+    assert told.keys() == {"d0", "k00"}
+    for code, content in told.values():
+        assert code == "l"
+        assert content.startswith(b"d0\nits durable copy is gone")
+    store.hold("bob", 1, ["k00", "d0"])
+    assert {content.partition(b"\n")[0] for *_, content in take_notices(store)} == {b"d0"}
+    assert store.debris() == ["7"]
+
+
+def test_a_durable_copy_is_not_shed(twins):
+    twins.put("alice", 1, "d0", Data(9, place="a@one"))
+    twins.make_durable(["d0"])
+    twins.gain(REDIS, [("d0", "0")])
+    twins.shed(REDIS, [("d0", "0")])
+    twins.shed("a@one", [("d0", "0")])
+    assert twins.model.records["d0"].places == {REDIS}
+
+
+def test_a_task_that_runs_for_nobody_is_freed_by_the_call_that_ends_it(twins):
+    twins.submit("alice", 1, 1, [a_task("k00"), a_task("k01", order=1), a_task("k02", "k01", order=2)])
+    twins.entrust(["k00", "k01", "k02"], times=2)
+    twins.release("alice", ["k00", "k01", "k02"])
+    run(twins, "k00")
+    assert read(twins.store).records.keys() == {"k01", "k02"}
+    fail(twins, "k01")
+    assert read(twins.store).records == {}
+
+
+def test_a_dataset_that_is_overridden_holds_what_it_has_and_lets_go_of_what_it_had(twins):
+    for key in SCATTERED:
+        twins.put("alice", 1, key, Data(1, "int", b"1"))
+    twins.publish("one", ["d0"], override=False, times=2)
+    twins.publish("one", ["d1"], override=False)
+    twins.release("alice", SCATTERED)
+    assert read(twins.store).records.keys() == {"d0"}
+    twins.put("alice", 2, "d1", Data(1, "int", b"1"))
+    twins.publish("one", ["d1"], override=True)
+    twins.release("alice", ["d1"])
+    assert read(twins.store).records.keys() == {"d1"}
+
+
+def test_a_publication_that_dies_halfway_holds_nothing_once_its_lease_is_over(link):
+    store = new_store(link, ENOUGH)
+    store.put("alice", 1, [scripts.NewData("d0", 1, "int", "v", b"1")])
+    store.renew_client("#half", join=True)
+    store.hold("#half", 1, ["d0"])
+    assert audit(store) == []
+    store.now_ms = NOW_MS + 120_000
+    assert "#half" in store.overdue("clients")
+    store.expire_client("#half")
+    with pytest.raises(UnknownClientError):
+        store.publish("one", "#half", b"")
+    assert audit(store) == []
+
+
+def test_a_dataset_hears_nothing_of_what_it_holds(twins):
+    twins.submit("alice", 1, 1, [a_task("k00"), a_task("k01", order=1)])
+    twins.publish("one", ["k00", "k01"], override=False)
+    run(twins, "k00")
+    fail(twins, "k01")
+
+
+def test_a_durable_file_that_is_lost_is_written_again_under_its_name_and_not_deleted(twins):
+    twins.put("alice", 1, "d0", Data(9, place="a@one"))
+    twins.make_durable(["d0"])
+    twins.gain(DURABLE, [("d0", "0")])
+    twins.store.lose(DURABLE, [("d0", "0")])
+    assert twins.store.debris() == []
+    assert read(twins.store).undurable == {"d0"}
+    twins.model.lose(DURABLE, [("d0", "0")])
+    twins.compare()
+
+
+def test_what_is_not_wanted_any_more_is_not_made_durable(twins):
+    twins.submit("alice", 1, 1, [a_task("k00"), a_task("k01", "k00", order=1)])
+    twins.make_durable(["k00"])
+    twins.take("s1", 1)
+    twins.step("s1", [Done("k00", twins.claims[-1][2], Data(9, place="a@one"))])
+    run(twins, "k01")
+    assert read(twins.store).undurable == {"k00"}
+    twins.release("alice", ["k00"])
+    assert read(twins.store).records["k00"].state == "released"
+    assert read(twins.store).undurable == set()

@@ -21,7 +21,8 @@ while #stack > 0 do
     if force then
       notify(r, 'c', reason)
       for holder in holders_of(r) do
-        if string.byte(holder) ~= 64 then
+        if holder == '!' then remove_flag(r, L.forgotten) end
+        if string.byte(holder) ~= 64 then      -- '@', a result, which keeps what it contains
           remove_holder(r, holder)
           drop_from_index(holder, {key})
         end

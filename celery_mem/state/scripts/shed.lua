@@ -4,8 +4,8 @@
 -- ARGV        5 place           str   node, or @redis
 --             6 ...             pairs: key, token
 -- RETURNS     keys whose copy there is dropped: at once, or by the agent of its node, which has mail
--- INVARIANTS  one copy stays, and as many on nodes as were asked for; a node that was named keeps its copy;
---             works when Redis is full
+-- INVARIANTS  one copy stays, and as many on nodes as were asked for; a node that was named keeps its copy; a durable
+--             result stays durable; works when Redis is full
 -- COST        O(K): K keys
 local place, shed = ARGV[5], {}
 relief()
@@ -15,14 +15,15 @@ local function is_surplus(r)
   for _, node in ipairs(nodes) do
     if node == place then return false end
   end
-  local left, on_nodes = 0, 0
+  local left, on_nodes, durable = 0, 0, 0
   for _, other in ipairs(r.copies.places) do
     if other ~= place then
       left = left + 1
-      if other ~= REDIS then on_nodes = on_nodes + 1 end
+      if outlives_nodes(other) then durable = durable + 1 else on_nodes = on_nodes + 1 end
     end
   end
-  return left > 0 and (n == 1 or place == REDIS or on_nodes >= n)
+  if outlives_nodes(place) and durable == 0 and has_flag(r, L.durable) then return false end
+  return left > 0 and (n == 1 or outlives_nodes(place) or on_nodes >= n)
 end
 
 for a = 6, #ARGV, 2 do

@@ -1,18 +1,20 @@
 -- Copies: a result that is too large for Redis is in the memory of nodes, or in blobs; its record says where.
--- Invariant: nk:<node> names exactly the keys with a copy there; every copy is on a live node or in Redis.
-local REDIS = '@redis'
+-- Invariant: nk:<node> names exactly the keys with a copy there; every copy is on a live node, in Redis or in a durable file.
+local REDIS, DURABLE = '@redis', '@durable'
 
 -- Node -> key -> whether it has a copy there from now on; node -> messages for its agent.
 local node_changes, letters = {}, {}
 
+local function outlives_nodes(place) return place == REDIS or place == DURABLE end
+
 local function index_copy(place, key, is_there)
-  if place == REDIS then return end
+  if outlives_nodes(place) then return end
   local changes = node_changes[place] or {}
   node_changes[place] = changes
   changes[key] = is_there
 end
 
-local function is_place(place) return place == REDIS or node_of(place) end
+local function is_place(place) return outlives_nodes(place) or node_of(place) end
 
 -- Where the copies of r are, as told in keys.py; nil if it has none.
 local function copies_of(r)
@@ -61,14 +63,17 @@ local function add_copy(r, place)
   index_copy(place, r.key, true)
 end
 
--- Have the copy at a place deleted: a blob here, any other by the agent of its node.
+local function write_to(node, letter)
+  local list = letters[node] or {}
+  letters[node] = list
+  list[#list + 1] = letter
+end
+
+-- Have the copy at a place deleted: a blob here, a durable file by the coordinator, any other by the agent of its node.
 local function delete_copy(place, token, key)
   if place == REDIS then drop_blob(token, key)
-  elseif node_of(place) then
-    local list = letters[place] or {}
-    letters[place] = list
-    list[#list + 1] = 'd ' .. token
-  end
+  elseif place == DURABLE then redis.call('SADD', P .. K.debris, token)
+  elseif node_of(place) then write_to(place, 'd ' .. token) end
 end
 
 local function remove_copy(r, place)

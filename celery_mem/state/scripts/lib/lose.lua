@@ -17,11 +17,16 @@ local function lose_copy(key, token, place)
   local r = load(key)
   if not has_copy(r, token, place) then return end
   remove_copy(r, place)
-  if #r.copies.places > 0 then return end
+  if #r.copies.places > 0 then
+    -- It will be written again under this name: nobody is to delete that.
+    if place == DURABLE then redis.call('SREM', P .. K.debris, token) end
+    see_durable(r)
+    return
+  end
   local is_lost = not r.recipe
   drop_data(r)
   clear_data(r)
-  notify(r, is_lost and 'l' or 'p')
+  if is_lost then notify(r, error_notice(key)) else notify(r, 'p') end
   if r.needed > 0 then
     for _, name in ipairs(dependents_of(r)) do wait_again(name, is_lost) end
   end

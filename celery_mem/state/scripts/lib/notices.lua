@@ -1,5 +1,6 @@
 -- Notices: what the holders of a task learn. One stream per client; an entry holds pairs
--- key -> "<epoch> <code><bytes>" with code m value, M in memory, e error, p pending, c cancelled, l lost.
+-- key -> "<epoch> <code><bytes>" with code m value, M in memory, e error, p pending, c cancelled, l lost: then the bytes are
+-- the key of the data that is lost, newline, why. With an empty key: t the client lost its name, i it inherited all.
 local notices = {}
 
 local function note(client, key, epoch, code, bytes)
@@ -15,7 +16,7 @@ end
 local function notify(r, code, bytes)
   if r.holders == '' then return end
   for id, epoch in holders_of(r) do
-    if string.byte(id) ~= 64 then note(id, r.key, epoch, code, bytes) end   -- 64: '@', a result, not a client
+    if is_client(id) then note(id, r.key, epoch, code, bytes) end
   end
 end
 
@@ -26,14 +27,24 @@ end
 -- The pickled error that the task `blame` raised; empty where data was lost instead.
 local function error_of(blame) return redis.call('HGET', P .. K.task .. blame, F.error) or '' end
 
+-- Code and bytes of a notice about an error: of the one that the task `blame` raised, or of the data that was lost there:
+-- its key and, in a second line, why nothing can make it again, empty for scattered data.
+local function error_notice(blame)
+  local error = error_of(blame)
+  if error ~= '' then return 'e', error end
+  local is_cut = has_flag(load(blame), L.durable)
+  return 'l', blame .. '\n' .. (is_cut and 'its durable copy is gone, for which its lineage was given up' or '')
+end
+
 -- Tell one client how a finished task stands, as when it takes a hold late.
 local function note_standing(client, r, epoch, limit)
+  if not is_client(client) then return end
   if r.state == 'memory' then
     local value = extra(r, F.value)
     if value and #value <= limit then note(client, r.key, epoch, 'm', value)
     else note(client, r.key, epoch, 'M') end
-  elseif r.state == 'erred' then note(client, r.key, epoch, 'e', error_of(extra(r, F.blame)))
-  elseif r.state == 'lost' then note(client, r.key, epoch, 'l') end
+  elseif r.state == 'erred' then note(client, r.key, epoch, error_notice(extra(r, F.blame)))
+  elseif r.state == 'lost' then note(client, r.key, epoch, error_notice(r.key)) end
 end
 
 local function flush_notices()

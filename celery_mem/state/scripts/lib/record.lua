@@ -166,6 +166,19 @@ end
 -- Iterates over id, epoch.
 local function holders_of(r) return string.gmatch(r.holders, '([^\n]+) (%d+)') end
 
+-- Whether a holder is a client, and not "@key", a result; "!", a run to the end; or "#token", a dataset.
+local function is_client(id)
+  local first = string.byte(id)
+  return first > 35 and first ~= 64      -- '!' and '#', then '@'
+end
+
+local function has_holder(r, id)
+  for holder in holders_of(r) do
+    if holder == id then return true end
+  end
+  return false
+end
+
 local function remove_holder(r, id)
   if r.holders == '' then return false end
   local before, after = string.find(r.holders, id .. ' ', 1, true)

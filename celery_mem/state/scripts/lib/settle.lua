@@ -41,10 +41,60 @@ local function let_go_of_contained(r)
   remove_flag(r, L.contains)
 end
 
+-- A task that runs for nobody has ended: nobody holds it any more. There is word of its error, which is blamed on `blame`.
+local function end_forgotten(r, blame)
+  if blame then
+    redis.call('RPUSH', P .. K.failures, r.key .. '\n' .. blame .. '\n' .. error_of(blame))
+    redis.call('LTRIM', P .. K.failures, -1000, -1)      -- without a coordinator nobody reads it
+  end
+  remove_flag(r, L.forgotten)
+  remove_holder(r, '!')
+  redis.call('SREM', P .. K.held .. '!', r.key)
+  settle_later(r.key)
+end
+
+-- Whether a result that is to outlive all nodes does: it is a value in its record, a blob, or a durable file.
+local function is_durable(r)
+  if not has_flag(r, L.durable) or r.state ~= 'memory' then return false end
+  local copies = copies_of(r)
+  for _, place in ipairs(copies and copies.places or {}) do
+    if outlives_nodes(place) then return true end
+  end
+  return not copies
+end
+
+-- Something changed about a result that is to be durable. If it is, the record gives up how it is made, and is like that
+-- of scattered data from here on: a chain which runs for weeks does not grow without bound. Else a node is asked for a copy.
+local function see_durable(r)
+  if not has_flag(r, L.durable) or r.state ~= 'memory' then return end
+  if not is_durable(r) then
+    local first
+    for _, place in ipairs(r.copies.places) do
+      if not first or place < first then first = place end
+    end
+    redis.call('SADD', P .. K.undurable, r.key)
+    write_to(first, 'k ' .. r.copies.token .. ' ' .. r.key)
+    return
+  end
+  redis.call('SREM', P .. K.undurable, r.key)
+  if not r.recipe then return end
+  if has_flag(r, L.payload_blob) then drop_blob(extra(r, F.payload_blob), r.key) end
+  if has_flag(r, L.constraint) then count_constraint(signature_of(r), -1) end
+  for _, flag in ipairs({L.payload_blob, L.constraint, L.prefer, L.near}) do remove_flag(r, flag) end
+  redis.call('HDEL', r.name, F.recipe, F.payload, F.payload_blob, F.deps, F.given, F.constraint, F.prefer, F.home)
+  count_function(function_of(r), -1)
+  for _, dep in ipairs(deps_of(r)) do
+    redis.call('HDEL', P .. K.dependents .. dep, r.key)
+    settle_later(dep)
+  end
+  r.recipe, r.fn, r.rank, r.priority, r.deps, r.deps_text, r.home = false, nil, nil, nil, {}, false, false
+end
+
 -- The result goes, with all copies. What the record says of it stays until clear_data; mostly the record goes too.
 local function drop_data(r)
   remove_copies(r)
   let_go_of_contained(r)
+  if r.flags ~= '' and has_flag(r, L.durable) then redis.call('SREM', P .. K.undurable, r.key) end
   r.data_dropped = true
   set_state(r, r.recipe and 'released' or 'lost')
 end
@@ -77,7 +127,8 @@ local function err(r, blame)
       set_state(q, 'erred')
       q.blame = blame
       redis.call('HSET', q.name, F.blame, blame)
-      notify(q, 'e', error_of(blame))
+      notify(q, error_notice(blame))
+      if has_flag(q, L.forgotten) then end_forgotten(q, blame) end
       visits = visits + 1
       if q.needed > 0 then
         for _, name in ipairs(dependents_of(q)) do
@@ -157,7 +208,17 @@ local function settle(key)
     withdraw(r)
     set_state(r, 'released')
     let_go_of_deps(r)
-  elseif r.state == 'memory' then drop_data(r) end
+  elseif r.state == 'memory' then
+    if not r.recipe and is_durable(r) and has_dependents(r) then
+      -- It is all the lineage that its dependents have; nobody needs it on nodes.
+      local copies = copies_of(r)
+      for _, place in ipairs(copies and copies.places or {}) do
+        if not outlives_nodes(place) then remove_copy(r, place) end
+      end
+      return
+    end
+    drop_data(r)
+  end
   if not has_dependents(r) then forget(r)
   elseif r.data_dropped then clear_data(r) end
 end
@@ -193,6 +254,10 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, p
     end
   end
   if was_active then let_go_of_deps(r) end
+  if r.flags ~= '' then
+    see_durable(r)
+    if has_flag(r, L.forgotten) then end_forgotten(r) end
+  end
 end
 
 local function run_settle()

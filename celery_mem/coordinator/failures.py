@@ -1,0 +1,41 @@
+"""Failures: errors of tasks that run though nobody holds them (fire and forget) are logged."""
+
+from __future__ import annotations
+
+import logging
+
+from celery_mem.coordinator.duty import CALLS_AT_ONCE, Duty
+from celery_mem.errors import CeleryMemError
+from celery_mem.graph.errors import decode_error
+
+log = logging.getLogger("celery_mem.coordinator")
+
+
+class Failures(Duty):
+    """Logs what nobody else would learn."""
+
+    name = "failures"
+    every_s = 0.5
+
+    def run_once(self, fence: str) -> int:
+        n = logged = 0
+        for _ in range(CALLS_AT_ONCE):
+            failures = self.store.log_failures(fence, logged=logged)
+            if not failures:
+                break
+            for key, blame, error in failures:
+                because = "" if blame == key else f", because of {blame}"
+                log.error("task %s, which nobody waited for, failed%s: %s", key, because, _text(error))
+            logged = len(failures)
+            n += logged
+        return n
+
+
+def _text(data: bytes) -> str:
+    if not data:
+        return "its data is lost"
+    try:
+        error, _ = decode_error(data)
+    except CeleryMemError as problem:
+        return str(problem)
+    return f"{type(error).__name__}: {error}"
