@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from celery_mem.errors import ConfigError
+from celery_mem.sentinels import SCHEME, is_sentinel, parse_sentinel
 
 if TYPE_CHECKING:
     from celery import Celery
 
-REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket")
+REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket", SCHEME)
 PUBLISH = ("on_demand", "pinned", "always")
 _WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -34,6 +35,9 @@ class Settings:
     """
 
     url: str = _setting("", "Redis that holds the graph; empty means the broker's or result backend's Redis")
+    sentinel_master: str = _setting(
+        "", "name of the master, if the address names Sentinels only; empty means the broker's master_name"
+    )
     namespace: str = _setting("mem", "prefix of all keys; clusters with different namespaces share one Redis")
     queue: str = _setting("", "Celery queue that carries tickets; empty means the app's default queue")
     inline_limit: int = _setting(65_536, "results up to this size live inside the task record", "bytes")
@@ -50,7 +54,14 @@ class Settings:
     batch_target: float = _setting(0.005, "work a slot takes at once while tasks are short", "seconds")
     batch_limit: int = _setting(256, "most tasks a slot takes at once", "tasks")
     sweep_budget: int = _setting(2_000, "most records one script call visits while it frees", "records")
+    resubmit_bytes: int = _setting(
+        64 << 20,
+        "payloads of unfinished tasks that a client keeps, to submit them again if Redis loses them",
+        "bytes",
+        or_zero=True,
+    )
     retry_timeout: float = _setting(60.0, "how long a broken Redis connection is tried again", "seconds")
+    reply_timeout: float = _setting(60.0, "silence after which a Redis connection counts as dead", "seconds")
     connect_timeout: float = _setting(5.0, "how long one attempt to connect may take", "seconds")
     allowed_failures: int = _setting(3, "deaths of its slot a task survives", "deaths")
     # the memory of the workers
@@ -134,6 +145,10 @@ class Settings:
         values |= given
         if not values.get("url"):
             values["url"] = _default_url(app)
+        if isinstance(values["url"], str) and is_sentinel(values["url"]):
+            options = {} if app is None else app.conf.broker_transport_options
+            service = values.get("sentinel_master") or options.get("master_name", "")
+            values["url"] = parse_sentinel(values["url"], service).canonical
         check_url(values["url"])
         return cls(**values)
 
@@ -205,6 +220,9 @@ def check_url(url: object) -> str:
     """
     if not isinstance(url, str):
         raise ConfigError(f"a Redis address is a text such as redis://localhost:6379/0, not {url!r}")
+    if is_sentinel(url):
+        parse_sentinel(url)
+        return url
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -222,6 +240,7 @@ def check_url(url: object) -> str:
 
 def mask_url(url: str) -> str:
     """Return `url` with its password hidden, fit for logs."""
+    url = url.partition("?sentinel_password=")[0]
     head, at, tail = url.rpartition("@")
     scheme, sep, userinfo = head.partition("://")
     if not at or not sep:

@@ -262,7 +262,20 @@ class DataLostError(CeleryMemError):
 
 
 class StateLostError(CeleryMemError):
-    """Redis was reset or replaced: the task graph this client knew is gone; submit again."""
+    """Redis lost a task (it was emptied or replaced) and this client cannot make it again; submit it again.
+
+    Args:
+        key: the key that is lost.
+        reason: what happened, and why the client cannot help it.
+    """
+
+    def __init__(self, key: object, reason: str = "") -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"Redis knows nothing of {self.key!r} any more: {self.reason}; submit it again"
 
 
 # --- answers of the scripts ---------------------------------------------------------------------------------

@@ -75,6 +75,12 @@ def large(where: Where, n: int, fill: int = 1) -> Any:
     return numpy.full(n, fill, dtype="u1")
 
 
+def step(where: Where, x: Any) -> Any:
+    """Count this run and return another array."""
+    note(where)
+    return x + 1
+
+
 def total(where: Where, x: Any) -> int:
     note(where)
     return int(x.sum(dtype="u8"))

@@ -18,6 +18,8 @@ _url = os.environ.get("CELERY_MEM_URL") or os.environ.get("REDIS_URL") or "redis
 # work, so a broker that loses or repeats one does no harm. Celery spells the path of a socket its own way.
 broker_url = _url.replace("unix://", "redis+socket://", 1)
 broker_connection_retry_on_startup = True
+# A broker that refuses writes for a moment (a fail-over, a disk that is full) must not end the worker.
+broker_channel_error_retry = True
 
 # The Redis that holds the graph. Left out, it is the broker's. A Redis of its own, with noeviction and the
 # append-only file (see redis.conf), keeps a busy broker from slowing the graph.

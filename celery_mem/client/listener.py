@@ -29,7 +29,9 @@ class Listener(threading.Thread):
         self.session = session
         self.link = Link.connect(session.settings.replace(retry_timeout=5.0), blocking=True)
         self._stream = session.store.keys.of("notices", session.id)
+        self.era = 0  # goes up when all notices before are of the past; changed under `session.lock`
         self._last = "0-0"
+        self._n_connects = 0
         self._untrimmed = 0  # bytes read and still in the stream
 
     def run(self) -> None:
@@ -37,9 +39,9 @@ class Listener(threading.Thread):
         session = self.session
         while not session.closed:
             try:
-                entries = self._read()
+                era, entries = self.era, self._read()
                 if entries:
-                    session.apply([fields for _, fields in entries])
+                    session.apply([fields for _, fields in entries], era)
             except Exception as error:
                 if session.closed:
                     return
@@ -54,7 +56,14 @@ class Listener(threading.Thread):
         if self._untrimmed >= TRIM_BYTES:
             commands.append(self._trim())
         commands.append(("XREAD", "COUNT", PAGE, "BLOCK", BLOCK_MS, "STREAMS", self._stream, self._last))
+        era = self.era
         reply = self.link.batch(commands)[-1]
+        if self.link.n_connects != self._n_connects:
+            if self._n_connects:
+                self.session.renew_soon()  # see at once what Redis knows of this client since it is back
+            self._n_connects = self.link.n_connects
+        if era != self.era:
+            return []
         if not reply:
             if self._untrimmed:
                 self.link.batch([self._trim()])
@@ -63,6 +72,12 @@ class Listener(threading.Thread):
         self._last = entries[-1][0].decode()
         self._untrimmed += sum(sum(map(len, fields)) for _, fields in entries)
         return entries
+
+    def begin_anew(self) -> None:
+        """Take no notice that came before. The caller holds `session.lock`, and deletes the stream then."""
+        self.era += 1
+        self._last, self._untrimmed = "0-0", 0
+        self.link.interrupt()  # it may wait for something after the last notice of a server that is gone
 
     def _trim(self) -> tuple[Any, ...]:
         """Return the command that drops what was read."""

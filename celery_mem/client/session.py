@@ -16,7 +16,9 @@ from redis.exceptions import InvalidResponse, ResponseError
 from celery_mem.client.legacy import Legacy
 from celery_mem.client.listener import Listener, apply_notice
 from celery_mem.client.outbox import Outbox
+from celery_mem.client.parcels import Ledger
 from celery_mem.client.reading import Reading
+from celery_mem.client.recovery import Recovery
 from celery_mem.client.releases import RELEASE_CHUNK, Releases
 from celery_mem.client.states import CANCELLED, ERROR, FINISHED, PENDING, KeyState
 from celery_mem.config import Settings, mask_url
@@ -31,6 +33,7 @@ from celery_mem.errors import (
 )
 from celery_mem.graph.errors import encode_error
 from celery_mem.memory import blobs
+from celery_mem.state.eviction import Eviction
 from celery_mem.state.link import Command, Link, make_pool
 from celery_mem.state.store import NewData, NewTask, Store, Tickets
 
@@ -38,6 +41,8 @@ log = logging.getLogger("celery_mem.client")
 
 RELEASES_AT_ONCE = 5_000
 """Releases that the keeper sends before other calls get their turn."""
+RECOVERIES = 5
+"""Times that one call is begun anew since Redis lost track of the client."""
 SIGN_OFF_S = 1.0
 """Time that a closing session gives a Redis that does not answer."""
 
@@ -76,6 +81,7 @@ class Session:
         self.send_tickets = send_tickets
         self.store = _connect(settings, first_timeout)
         self.bulk = self.store.link.twin()  # large data, so that small commands need not wait behind it
+        self.store.adopts = False  # first it is to be seen what became of the holds
         self.known_functions: set[str] = set()
         self.lock = threading.RLock()
         self.order = threading.RLock()
@@ -83,15 +89,22 @@ class Session:
         self.closed = False
         self.releases = Releases(self)
         self.outbox = Outbox(self)
+        self.ledger = Ledger(settings.resubmit_bytes)
+        self.lost_keys: dict[str, str] = {}  # keys that Redis lost and nobody can make again -> why
+        self.bringing: set[str] = set()  # keys of data that is being sent
         self.reading = Reading(self)
         self._why_closed = "this client is closed; make a new one"
         self._has_given_way = False
         self._epoch = 0
         self.legacy = Legacy(self, name) if lease_s is not None else None
+        self._renews_soon = False
+        self._lost_because = ""  # why Redis lost track of this client, until both agree again
         _sessions.add(self)
         self._join()
         self.listener = Listener(self)
         self.listener.start()
+        self._eviction = Eviction(self.bulk)
+        self._eviction.warn()
         self._keeper = threading.Thread(target=self._keep, name="celery-mem-keeper", daemon=True)
         self._keeper.start()
         if self.legacy is not None:
@@ -174,7 +187,11 @@ class Session:
         with self.order:
             self.check_open()
             self.outbox.flush()
-            self.send_tickets(self._guarded(lambda: self.store.put(self.id, epoch, data)))
+            self.bringing = {d.key for d in data}
+            try:
+                self.send_tickets(self._guarded(lambda: self.store.put(self.id, epoch, data)))
+            finally:
+                self.bringing = set()
 
     def hold(self, texts: Sequence[str], epoch: int) -> list[str]:
         """Hold existing keys; returns those that do not exist."""
@@ -199,7 +216,7 @@ class Session:
                     state = self.states.pop(text, None)
                     if state is not None:
                         state.reason, state.status = reason or "cancelled by this client", CANCELLED
-                        self._finish(state)
+                        self.finish(state)
         self.send_tickets(tickets)
 
     def retry(self, texts: Sequence[str]) -> None:
@@ -223,7 +240,7 @@ class Session:
                     for state in failed:
                         if state.status == PENDING:
                             state.status = ERROR
-                            self._finish(state)
+                            self.finish(state)
                 raise
 
     def expect_again(self, state: KeyState) -> None:
@@ -283,7 +300,7 @@ class Session:
                 if self.states.get(state.text) is state:
                     del self.states[state.text]
                 state.reason, state.status = reason, CANCELLED
-                self._finish(state)
+                self.finish(state)
 
     def fail(self, states: Iterable[KeyState], error: BaseException) -> None:
         """Give up states whose tasks could not be sent; their futures raise `error`."""
@@ -295,7 +312,7 @@ class Session:
                 if self.states.get(state.text) is state:
                     del self.states[state.text]
                 state.error, state.status = data, ERROR
-                self._finish(state)
+                self.finish(state)
         self.releases.owe([s.text for s in states])  # a part may have arrived
 
     # --- reads and large data ---
@@ -329,9 +346,11 @@ class Session:
 
     # --- notices ---
 
-    def apply(self, entries: Iterable[Sequence[bytes]]) -> None:
+    def apply(self, entries: Iterable[Sequence[bytes]], era: int = 0) -> None:
         """Take in notices, each a flat list of key, notice, key, notice, ..."""
         with self.lock:
+            if era != self.listener.era:
+                return
             states = self.states
             for fields in entries:
                 for i in range(0, len(fields), 2):
@@ -344,9 +363,11 @@ class Session:
                     if int(epoch) == state.epoch and apply_notice(state, rest[0], rest[1:]):
                         if state.status == CANCELLED:
                             del states[state.text]
-                        self._finish(state)
+                        self.finish(state)
 
-    def _finish(self, state: KeyState) -> None:
+    def finish(self, state: KeyState) -> None:
+        """Tell whoever waits that a key is final. The caller holds `lock`."""
+        state.parcel = None
         watchers, state.watchers = state.watchers, None
         for watcher in watchers or ():
             try:
@@ -373,8 +394,11 @@ class Session:
                         self.order.release()
                 else:
                     self.releases.ring()
-                if time.monotonic() >= due and not self.closed:
+                if (time.monotonic() >= due or self._renews_soon) and not self.closed:
+                    self._renews_soon = False
                     due = time.monotonic() + pause
+                    if self._eviction.happened():
+                        self._lost_because = "it evicted keys that were in use: see maxmemory-policy"
                     self._guarded(lambda: self.store.renew_client(self.id, lease_s=self.lease_s))
             except Exception as error:  # without this thread nothing would be released any more
                 if self.closed:
@@ -385,38 +409,63 @@ class Session:
                     log.exception("client %s could not release or renew", self.id)
                 time.sleep(0.2)
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
-        """Run a script; if it says that this session's state is gone, tell all futures before raising."""
-        try:
-            return call()
-        except (UnknownClientError, NamespaceResetError) as error:
-            self._state_lost(error)
-            self.check_open()
-            raise
-        except RedisUnavailableError:
-            self.check_open()  # closing ends what other threads wait for
-            raise
+    def renew_soon(self) -> None:
+        """Have the lease renewed at once."""
+        self._renews_soon = True
+        self.releases.ring()
 
-    def _state_lost(self, error: StateError) -> None:
-        with self.order:
-            if self.closed:
-                return
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """Run a script; if Redis lost track of this client, recover what can be and run it again."""
+        for _ in range(RECOVERIES):
             try:
-                self.store.renew_client(self.id, lease_s=self.lease_s)
-                return  # another thread was here first
-            except NamespaceResetError:
-                self.store.generation = Store.connect(self.settings, self.store.link).generation
-                reason = "Redis was emptied or replaced: the graph this client knew is gone"
-            except UnknownClientError:
+                if self._lost_because:
+                    self._recover(None)  # the last time it was broken off
+                return call()
+            except (UnknownClientError, NamespaceResetError) as error:
+                self._recover(error)
+            except RedisUnavailableError:
+                self.check_open()  # closing ends what other threads wait for
+                raise
+        return call()
+
+    def _recover(self, error: StateError | None) -> None:
+        """Make Redis and this client agree again; `error` says that they do not; None: they still do not."""
+        with self.order:
+            self.check_open()
+            if error is None:
+                pass
+            elif isinstance(error, UnknownClientError):
                 if self.legacy is not None and self.legacy.is_taken():
                     self.give_way(self.legacy.why_taken)
-                    return
-                reason = f"the lease of this client ran out: Redis did not hear of it for {self.lease_s:g} s"
-            with self.lock:
-                lost = list(self.states.values())
-                self.releases.forget()
-            self.forget(lost, reason)
-            self._join()
+                    self.check_open()
+                self._lost_because = (
+                    f"its lease ran out, Redis did not hear of its client for {self.lease_s:g} s"
+                )
+            elif self._is_known():
+                return  # another thread was here first
+            elif self.store.rejoin():
+                self._lost_because = "another server took over, which lacks the last writes"
+            else:
+                self._lost_because = "it was emptied or replaced"
+            if not self._lost_because:
+                return
+            log.warning("client %s: Redis lost track of it: %s", self.id, self._lost_because)
+            try:
+                Recovery(self, self._lost_because).run()
+                self._join()
+                self._lost_because = ""
+            except (UnknownClientError, NamespaceResetError) as again:
+                log.warning("client %s: once more: %s", self.id, again)  # _guarded goes on
+            except BaseException:
+                self._renews_soon = True
+                raise
+
+    def _is_known(self) -> bool:
+        try:
+            self.store.renew_client(self.id, lease_s=self.lease_s)
+            return True
+        except (UnknownClientError, NamespaceResetError):
+            return False
 
     def give_way(self, reason: str) -> None:
         """End without a word to Redis, where everything belongs to another process by now."""

@@ -6,7 +6,10 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from celery_mem.client.parcels import Parcel
 
 PENDING, FINISHED, ERROR, CANCELLED, LOST = "pending", "finished", "error", "cancelled", "lost"
 FINAL = frozenset({FINISHED, ERROR, CANCELLED})
@@ -24,9 +27,10 @@ class KeyState:
         data: the inline result, if the notice brought it.
         error: bytes of the error.
         reason: why it was cancelled; of lost data the key, newline, why nothing makes it again.
+        parcel: the call that makes it, while it is pending and the client keeps that.
     """
 
-    __slots__ = ("data", "epoch", "error", "reason", "refs", "status", "text", "watchers")
+    __slots__ = ("data", "epoch", "error", "parcel", "reason", "refs", "status", "text", "watchers")
 
     def __init__(self, text: str, epoch: int) -> None:
         self.text = text
@@ -36,6 +40,7 @@ class KeyState:
         self.data: bytes | None = None
         self.error = b""
         self.reason = ""
+        self.parcel: Parcel | None = None
         self.watchers: list[Callable[[KeyState], Any]] | None = None
 
 

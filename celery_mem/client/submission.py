@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from celery_mem.client.future import Future, text_of_future
-from celery_mem.client.outbox import SMALL_CALL, SMALL_CODE, Parcel, as_missing_key
+from celery_mem.client.outbox import SMALL_CALL, SMALL_CODE, as_missing_key
+from celery_mem.client.parcels import Parcel
 from celery_mem.client.placing import Placing
 from celery_mem.client.states import KeyState
 from celery_mem.errors import MissingKeyError, UnknownDependencyError, UnknownFunctionError
@@ -65,14 +66,16 @@ class Submission:
         self._placing = placing or Placing()
         self._annotations = annotations or {}
         self._streams = streams
-        self._under_way: tuple[Chunk, Callable[[], int]] | None = None
+        self._under_way: tuple[Parcel, Chunk, Callable[[], int]] | None = None
         self._rank: int | None = None
         self._n_sent = 0
+        self._n_packed = 0
         self._tasks: list[NewTask] = []
         self._functions: dict[str, Function] = {}
         self._encoded: dict[
             int, tuple[Function, Any]
         ] = {}  # by id; with the object, so that it stays that id
+        self._payloads: dict[str, bytes] = {}  # those that are blobs, by token
         self._blobs: list[str] = []
         self._blobs_due = 0.0
         self._loans: list[str] = []
@@ -108,6 +111,7 @@ class Submission:
         data, blob = payload.data, ""
         if len(data) > LARGE_PAYLOAD:
             blob = self._write_blob(text, data)
+            self._payloads[blob] = data
             data = b""
         priority, retries = self._priority, self._retries
         if self._annotations and key is not None:
@@ -134,29 +138,42 @@ class Submission:
         if self._streams and len(self._tasks) >= CHUNK_TASKS:
             self._stream()
 
+    def _pack(self) -> Parcel:
+        """Make a parcel of the tasks at hand, kept until the keys that it holds are final."""
+        tasks = self._tasks
+        blobs = {t.payload_blob: self._payloads[t.payload_blob] for t in tasks if t.payload_blob}
+        parcel = Parcel(tasks, self._functions, blobs)
+        nbytes = sum(len(t.payload) for t in tasks) + sum(map(len, blobs.values()))
+        self._session.ledger.keep(parcel, self._new[self._n_packed :], nbytes, self._session.states)
+        self._n_packed = len(self._new)
+        return parcel
+
     def _stream(self) -> None:
         """Send what there is, and go on while Redis takes it in."""
-        self._land()
+        self._session.outbox.flush()
+        parcel = self._pack()
         for chunk in self._chunks(codes=False):
-            self._land()
-            self._under_way = chunk, self._session.launch(chunk[0], chunk[1], self._rank)
+            self._land(parcel)
+            self._under_way = parcel, chunk, self._session.launch(chunk[0], chunk[1], self._rank)
         self._n_sent += len(self._tasks)
         self._tasks = []
 
-    def _land(self) -> None:
+    def _land(self, *next_parcels: Parcel) -> None:
         """Wait until Redis has what is under way."""
         if self._under_way is None:
             return
-        (tasks, functions, _), arrive = self._under_way
+        parcel, (tasks, functions, _), arrive = self._under_way
         self._under_way = None
-        try:
-            self._rank = arrive()
-        except UnknownFunctionError:
-            codes = [(name, self._functions[name].code) for name, _ in functions]
-            self._rank = self._session.submit([(tasks, codes, [])], self._rank)
-        except UnknownDependencyError as error:
-            raise as_missing_key(error) from error
-        self._session.known_functions.update(name for name, _ in functions)
+        session = self._session
+        with session.outbox.sending([parcel, *next_parcels]):
+            try:
+                self._rank = arrive()
+            except UnknownFunctionError:
+                codes = [(name, self._functions[name].code) for name, _ in functions]
+                self._rank = session.submit([(tasks, codes, [])], self._rank)
+            except UnknownDependencyError as error:
+                raise as_missing_key(error, session.lost_keys) from error
+        session.known_functions.update(name for name, _ in functions)
 
     def add_graph(self, lowered: lowering.Lowered, outputs: Sequence[Key]) -> list[str]:
         """Add the nodes of a graph and hold its outputs; returns their key texts."""
@@ -247,20 +264,24 @@ class Submission:
             self._session.order.release()
 
     def _send(self) -> None:
-        self._land()
-        tasks = self._tasks
+        tasks, session = self._tasks, self._session
         if not tasks:
+            self._land()
             return
+        parcel = self._pack()
+        self._land(parcel)
         if len(tasks) <= SMALL_CALL and not self._blobs and sum(len(t.payload) for t in tasks) < CHUNK_BYTES:
-            self._session.outbox.add(Parcel(tasks, self._new), self._functions)
+            session.outbox.add(parcel, self._new)
             return
         try:
-            try:
-                self._session.submit(self._chunks(codes=False), self._rank)
-            except UnknownFunctionError:
-                self._session.submit(self._chunks(codes=True), self._rank)
+            session.outbox.flush()
+            with session.outbox.sending([parcel]):
+                try:
+                    session.submit(self._chunks(codes=False), self._rank)
+                except UnknownFunctionError:
+                    session.submit(self._chunks(codes=True), self._rank)
         except UnknownDependencyError as error:
-            raise as_missing_key(error) from error
+            raise as_missing_key(error, self._session.lost_keys) from error
         self._session.releases.owe(self._loans)
         self._session.known_functions.update(self._functions)
 

@@ -24,6 +24,7 @@ from celery_mem.coordinator.surplus import Surplus
 from celery_mem.coordinator.tickets import TicketCalls
 from celery_mem.coordinator.unrunnable import Unrunnable
 from celery_mem.errors import CeleryMemError, FencedError, NamespaceResetError, RedisUnavailableError
+from celery_mem.state.eviction import Eviction
 from celery_mem.state.store import Store
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Coordinator:
 
     def __init__(self, store: Store, outside: Outside) -> None:
         self.store = store
+        store.adopts = False  # leases that were renewed in the writes that are missing must not count as over
         self.name = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         self.duties = [duty(store, outside) for duty in DUTIES]
         self._due = dict.fromkeys((d.name for d in self.duties), 0.0)
@@ -114,7 +116,7 @@ class Coordinator:
 
     def rejoin(self) -> None:
         """Join the namespace that is there now."""
-        self.store.generation = Store.connect(self.store.settings, self.store.link).generation
+        self.store.rejoin()
 
     def run(self, stop: threading.Event) -> None:
         """Work until `stop` is set, then resign."""
@@ -152,7 +154,12 @@ def run(settings: Settings, app: Celery | None = None) -> None:
     Args:
         app: the Celery app whose workers take the tickets; None makes one for the broker at `settings.url`.
     """
+    # A connection that died unseen must not stop everything for long.
+    patience_s = max(RETRY_S, settings.leader_lease)
+    settings = settings.replace(reply_timeout=min(settings.reply_timeout, patience_s))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    Coordinator(Store.connect(settings), CelerySide(settings, app)).run(stop)
+    store = Store.connect(settings)
+    Eviction(store.link).warn()
+    Coordinator(store, CelerySide(settings, app)).run(stop)

@@ -7,9 +7,10 @@ work.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from celery_mem.config import Settings
+from celery_mem.sentinels import is_sentinel, parse_sentinel
 from celery_mem.state.store import Tickets
 
 if TYPE_CHECKING:
@@ -27,13 +28,28 @@ def make_app(settings: Settings) -> Celery:
     from celery import Celery
 
     app = Celery("celery_mem", broker=broker_url(settings.url), set_as_current=False)
-    app.conf.update(task_ignore_result=True, broker_pool_limit=1)
+    app.conf.update(
+        task_ignore_result=True, broker_pool_limit=1, broker_transport_options=broker_options(settings.url)
+    )
     return app
 
 
 def broker_url(url: str) -> str:
     """Return `url` as kombu spells it."""
+    if is_sentinel(url):
+        return parse_sentinel(url).for_kombu
     return url.replace("unix://", "redis+socket://", 1)
+
+
+def broker_options(url: str) -> dict[str, Any]:
+    """Return the `broker_transport_options` that `url` needs."""
+    if not is_sentinel(url):
+        return {}
+    address = parse_sentinel(url)
+    options: dict[str, Any] = {"master_name": address.service}
+    if address.sentinel_password:
+        options["sentinel_kwargs"] = {"password": address.sentinel_password}
+    return options
 
 
 def send_tickets(app: Celery, tickets: Tickets) -> bool:

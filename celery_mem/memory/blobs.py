@@ -6,13 +6,16 @@ writer dies in between vanishes by itself.
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from celery_mem.errors import DeserializationError
+from celery_mem.memory.checksum import checksum_of
 from celery_mem.memory.serialize import Frames, loads
 from celery_mem.state.link import Command, Link
+
+log = logging.getLogger("celery_mem.memory")
 
 _SIZES = "<%dQ"
 
@@ -27,7 +30,8 @@ def write_commands(name: str, frames: Frames, *, piece_bytes: int, lease_s: floa
     parts: list[Any] = [frames.head, *frames.buffers]
     sizes = struct.pack(_SIZES % len(parts), *(memoryview(p).nbytes for p in parts))
     lease_ms = int(lease_s * 1000)
-    commands: list[Command] = [("HSET", name, "h", sizes), ("PEXPIRE", name, lease_ms)]
+    checked = ("h", sizes, "c", checksum_of(parts))
+    commands: list[Command] = [("HSET", name, *checked), ("PEXPIRE", name, lease_ms)]
     for i, piece in enumerate(cut(parts, piece_bytes)):
         commands.append(("HSET", name, i, piece))
         if i > 0:  # each piece may take long, all of them longer than the lease
@@ -42,12 +46,8 @@ def write(link: Link, commands: Sequence[Command]) -> None:
 
 
 def read(link: Link, name: str, what: str = "object") -> tuple[bytearray | bytes, list[bytearray]] | None:
-    """Return head and buffers of a blob; None if it is not there.
-
-    Raises:
-        DeserializationError: pieces of it are missing.
-    """
-    packed, piece = link.call("HMGET", name, "h", 0)
+    """Return head and buffers of a blob; None if it is not there, or not whole and as it was written."""
+    packed, piece, check = link.call("HMGET", name, "h", 0, "c")
     if packed is None:
         return None
     sizes = struct.unpack(_SIZES % (len(packed) // 8), packed)
@@ -57,8 +57,9 @@ def read(link: Link, name: str, what: str = "object") -> tuple[bytearray | bytes
         at += 1
         piece = link.call("HGET", name, at)
     if piece is None and not whole.is_full:
-        if link.call("EXISTS", name):
-            raise DeserializationError(f"{what}: piece {at} of its blob is missing")
+        return None
+    if check is not None and checksum_of(whole.parts) != int(check):
+        log.warning("the blob of %s in Redis is damaged", what)
         return None
     return whole.parts[0], whole.parts[1:]
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from celery_mem.errors import CeleryMemError
 from celery_mem.memory.account import Account, Usage
+from celery_mem.memory.checksum import TRAILER_BYTES, is_whole
 from celery_mem.memory.layout import Layout, cut, flat, header, lay_out, parse, write_parts
 from celery_mem.memory.mapping import map_private, map_shared
 from celery_mem.memory.recycling import (
@@ -210,16 +211,22 @@ class NodeFolder:
     # --- reading --------------------------------------------------------------------------------------------
 
     def read(self, token: str) -> Mapped | None:
-        """Return a result, also a spilled one; None if it is not here.
+        """Return a result, also a spilled one; None if it is not here, or not as it was written.
 
         Raises:
             NoSpace: a result that was spilled far away cannot be fetched.
         """
         path = self._file(token)
-        fd = _open_file(path)
-        if fd is None:  # one that is being spilled is in both places for a moment, never in none
+        try:
+            fd = _open_file(path)
+            if fd is not None:
+                return _read(fd, token)
+            # One that is being spilled is in both places for a moment, never in none.
             fd = self._open_spilled(token)
-        return None if fd is None else _read(fd, token)
+            return None if fd is None else _read(fd, token, is_spilled=True)
+        except OSError as error:  # of the disk
+            log.warning("result %s cannot be read: %s", token, error)
+            return None
 
     def has(self, token: str) -> bool:
         """Tell whether a result is here, spilled or not."""
@@ -308,7 +315,7 @@ class NodeFolder:
         except FileNotFoundError:
             self._spill.drop(token)  # dropped meanwhile
             return 0
-        self._account.add(nbytes=-size, spilled_nbytes=layout.end)
+        self._account.add(nbytes=-size, spilled_nbytes=layout.end + TRAILER_BYTES)
         return size
 
     def trim_pool(self, keep_bytes: int = 0) -> int:
@@ -474,10 +481,14 @@ def _open_file(path: str) -> int | None:
     return None
 
 
-def _read(fd: int, token: str) -> Mapped | None:
+def _read(fd: int, token: str, *, is_spilled: bool = False) -> Mapped | None:
     with contextlib.closing(_Descriptor(fd)):
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
+            return None
+        # By reads, not by the mapping, where an error of the disk would end the process.
+        if is_spilled and not is_whole(fd, status.st_size - TRAILER_BYTES):
+            log.warning("the spilled result %s is damaged", token)
             return None
         if status.st_size < MAP_LEAST:
             data = memoryview(bytearray(status.st_size))
@@ -487,9 +498,9 @@ def _read(fd: int, token: str) -> Mapped | None:
             data = map_private(fd, status.st_size)
         with contextlib.suppress(OSError):
             os.utime(fd)  # what was read last is spilled last
-    layout = parse(data)
-    if layout is None:
-        log.warning("the file of result %s is damaged", token)
-        return None
+        layout = parse(data)
+        if layout is None:
+            log.warning("the file of result %s is damaged", token)
+            return None
     head, *buffers = cut(data, layout)
     return Mapped(head, buffers, layout.nbytes)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from celery_mem.memory.checksum import TRAILER_BYTES, trailer_of
 from celery_mem.memory.recycling import unique_name
 
 ABOUT = ".node"
@@ -20,7 +21,11 @@ class Spill(Protocol):
     """Keeps files by token, each there whole or not at all."""
 
     def put(self, token: str, fd: int, nbytes: int) -> None:
-        """Keep a copy of the first `nbytes` bytes of a file. Raises OSError where there is no room."""
+        """Keep a copy of the first `nbytes` bytes of a file, and a checksum behind them.
+
+        Raises:
+            OSError: there is no room.
+        """
 
     def open(self, token: str) -> int | None:
         """Return a descriptor of the file, which never changes; None if it is not there."""
@@ -75,6 +80,7 @@ class LocalSpill:
         out = os.open(temp, _NEW, 0o600)
         try:
             copy_bytes(fd, out, nbytes)
+            os.pwrite(out, trailer_of(fd, nbytes), nbytes)
             os.rename(temp, f"{self.path}/{token}")
         except BaseException:
             os.unlink(temp)
@@ -142,9 +148,10 @@ class DistantSpill:
                 piece = source.read(min(left, 1 << 20))
                 target.write(piece)
                 left -= len(piece)
+            target.write(trailer_of(fd, nbytes))
         temp = f"{self.local}/.{unique_name()}"
         with os.fdopen(os.open(temp, _NEW, 0o600), "w") as note:
-            note.write(str(nbytes))
+            note.write(str(nbytes + TRAILER_BYTES))
         os.rename(temp, f"{self.local}/{token}")
 
     def open(self, token: str) -> int | None:

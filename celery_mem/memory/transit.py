@@ -6,6 +6,7 @@ socket, and from the socket to where they are to lie; redis-py would copy them o
 
 from __future__ import annotations
 
+import logging
 import socket
 import struct
 import time
@@ -17,9 +18,12 @@ from redis.exceptions import ConnectionError, ResponseError
 
 from celery_mem.errors import RedisUnavailableError
 from celery_mem.memory import blobs
+from celery_mem.memory.checksum import checksum
 from celery_mem.memory.layout import flat
 from celery_mem.state.keys import Keys
 from celery_mem.state.link import BROKEN, Command, Link
+
+log = logging.getLogger("celery_mem.memory")
 
 WINDOW = 2
 """Pieces under way at a time: one is sent while the reply to another comes."""
@@ -64,6 +68,7 @@ def publish(
     if on_start is not None:
         on_start()
     pieces = list(blobs.cut(parts, piece_bytes))
+    checks: list[int] = []  # of all bytes up to the end of each piece
     done = 0
 
     def send(conn: AbstractConnection) -> None:
@@ -71,7 +76,11 @@ def publish(
         sent = done
         while done < len(pieces):
             while sent < len(pieces) and sent - done < WINDOW:
-                _send(conn, [("HSET", name, sent, pieces[sent]), ("PEXPIRE", name, lease_ms)])
+                if sent == len(checks):
+                    checks.append(checksum(pieces[sent], checks[-1] if checks else 0))
+                is_last = sent + 1 == len(pieces)
+                fields = (sent, pieces[sent], *(("c", checks[-1]) if is_last else ()))
+                _send(conn, [("HSET", name, *fields), ("PEXPIRE", name, lease_ms)])
                 sent += 1
             conn.read_response()
             conn.read_response()
@@ -84,7 +93,9 @@ def publish(
 
 
 def receive(link: Link, name: str, make: Make, *, wait: Callable[[], bool] | None = None) -> bool:
-    """Read a blob into memory that the caller provides; returns whether all of it was there.
+    """Read a blob into memory that the caller provides; returns whether it was there and undamaged.
+
+    One that is damaged is removed.
 
     Args:
         link: one of its own: it is busy until the end.
@@ -101,9 +112,18 @@ def receive(link: Link, name: str, make: Make, *, wait: Callable[[], bool] | Non
     while True:
         _persist(link, lambda conn: _take_pieces(conn, name, target), lambda: target.at)
         if target.is_full:
-            return True
+            return _is_whole(link, name, target)
         if wait is None or not wait():
             return False
+
+
+def _is_whole(link: Link, name: str, target: _Target) -> bool:
+    check = link.call("HGET", name, "c")
+    if check is None or int(check) == target.check:
+        return True
+    log.warning("the blob %s is damaged", name)
+    link.call("UNLINK", name)
+    return False
 
 
 def _persist(link: Link, work: Callable[[AbstractConnection], None], progress: Callable[[], int]) -> None:
@@ -170,6 +190,7 @@ class _Target:
         self.at = 0
         self.pieces = 0  # whole ones that were taken
         self.piece_bytes = 0  # of the first, and of all but the last
+        self.check = 0  # checksum of all that was taken
 
     @property
     def is_full(self) -> bool:
@@ -192,6 +213,8 @@ class _Target:
             raise ConnectionError(f"a blob is {nbytes} bytes longer than it says")
 
     def took(self, nbytes: int) -> None:
+        for view in self.spans(nbytes):  # while it is in the processor's cache, and more is on its way
+            self.check = checksum(view, self.check)
         self.piece_bytes = self.piece_bytes or nbytes
         self.pieces += 1
         self.at += nbytes

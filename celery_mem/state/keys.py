@@ -50,7 +50,8 @@ PREFIXES = {
     "mail": "mail:",  # list per node: what its agent is asked to do, see Store.mail
 }
 META = {
-    "generation": "gen",  # random id of the namespace's birth: a change means that Redis was reset
+    "generation": "gen",  # random id of the namespace's birth; after another server took over, ".<number>"
+    "run": "run",  # run_id of the server process that the namespace met last
     "schema": "schema",
     "submissions": "submissions",  # counter: rank of the next submission
     "attempts": "attempts",  # counter: the last fencing token given out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import socket
 import threading
 import time
@@ -21,21 +22,36 @@ from redis.connection import AbstractConnection
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    ClusterDownError,
     ConnectionError,
+    MasterDownError,
+    NoPermissionError,
     NoScriptError,
     ReadOnlyError,
     RedisError,
     ResponseError,
     TimeoutError,
+    TryAgainError,
 )
 from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool
 
 from celery_mem.config import Settings, check_url, mask_url
 from celery_mem.errors import RedisUnavailableError, raise_for_reply
-from celery_mem.state.loader import Script
+from celery_mem.sentinels import SentinelAddress, is_sentinel, parse_sentinel
+from celery_mem.state.keys import META, Keys
+from celery_mem.state.loader import Script, load_script
 
 Command = tuple[Any, ...]
 Repeat = Callable[[tuple[Any, ...]], tuple[Any, ...]]
+_PASSING = re.compile(
+    r"(?:ERR Error running script .*-)?"  # as Redis 6 says it
+    r"(BUSY|LOADING|READONLY|MASTERDOWN|MISCONF|NOREPLICAS|CLUSTERDOWN|TRYAGAIN|UNBLOCKED)\b"
+)
+"""Errors that pass: a script runs too long, a replica has no master, the disk is full..."""
+_RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
+LONGEST_BLOCK_S = 10.0
+"""How long a blocking command may wait in Redis. Silence beyond that is a connection that died unseen."""
 BROKEN = (ConnectionError, TimeoutError, OSError)
 """Errors after which the connection is replaced; whether the last command was carried out is unknown."""
 
@@ -44,7 +60,9 @@ def make_pool(
     url: str, *, connect_timeout: float = 5.0, socket_timeout: float | None = 60.0
 ) -> ConnectionPool:
     """Return a pool for `url` without retries of its own and with plain replies (RESP2)."""
-    if check_url(url).startswith("redis+socket://"):
+    if is_sentinel(check_url(url)):
+        return _sentinel_pool(parse_sentinel(url), connect_timeout, socket_timeout)
+    if url.startswith("redis+socket://"):
         url = "unix://" + url.removeprefix("redis+socket://")
     pool: ConnectionPool = ConnectionPool.from_url(
         url,
@@ -57,6 +75,28 @@ def make_pool(
     if url.startswith("unix:"):
         pool.connection_kwargs.pop("socket_connect_timeout", None)
     return pool
+
+
+def _sentinel_pool(
+    address: SentinelAddress, connect_timeout: float, socket_timeout: float | None
+) -> ConnectionPool:
+    """Return a pool whose connections each ask the Sentinels first which server is the master."""
+    asking = {"socket_timeout": connect_timeout, "socket_connect_timeout": connect_timeout, "protocol": 2}
+    sentinels = Sentinel(
+        address.hosts, sentinel_kwargs={**asking, "password": address.sentinel_password}, protocol=2
+    )
+    return SentinelConnectionPool(
+        address.service,
+        sentinels,
+        db=address.db,
+        username=address.username,
+        password=address.password,
+        protocol=2,
+        retry=Retry(NoBackoff(), 0),
+        socket_timeout=socket_timeout,
+        socket_connect_timeout=connect_timeout,
+        socket_keepalive=True,
+    )
 
 
 class Flight:
@@ -80,35 +120,47 @@ class Flight:
 class Link:
     """A connection used by one command, or one batch of commands, at a time; threads wait for each other.
 
+    Each new connection is greeted before it carries a command: what its forerunner may still have under way
+    is made void (by CLIENT KILL), and where another server process answers than before, the namespace gets a
+    new generation: it may lack the last writes. See docs/design.md, "Another server".
+
     Args:
         pool: where connections come from.
         retry_timeout: seconds for which a broken connection is tried again.
         address: what error texts call the server; never holds a password.
+        meta: Redis key of the namespace's `meta`; empty if there is none.
     """
 
-    def __init__(self, pool: ConnectionPool, *, retry_timeout: float = 60.0, address: str = "") -> None:
+    def __init__(
+        self, pool: ConnectionPool, *, retry_timeout: float = 60.0, address: str = "", meta: str = ""
+    ) -> None:
         self.pool = pool
         self.retry_timeout = retry_timeout
         self.address = address
+        self.meta = meta
+        self.run_id = ""  # of the server process; empty if it does not tell
+        self.n_connects = 0
         self.lock = threading.RLock()
         self._conn: AbstractConnection | None = None
         self._flight: Flight | None = None  # whose reply is the next that the connection brings
+        self._id = b""  # of the last connection, as the server calls it
         self._pid = os.getpid()
         self._aborted = False
 
     @classmethod
     def connect(cls, settings: Settings, *, blocking: bool = False) -> Link:
-        """Return a link for `settings`; `blocking` gives one whose reads may wait without limit."""
+        """Return a link for `settings`; `blocking` gives one whose reads may wait for `LONGEST_BLOCK_S`."""
         pool = make_pool(
             settings.url,
             connect_timeout=settings.connect_timeout,
-            socket_timeout=None if blocking else 60.0,
+            socket_timeout=settings.reply_timeout + (LONGEST_BLOCK_S if blocking else 0.0),
         )
-        return cls(pool, retry_timeout=settings.retry_timeout, address=mask_url(settings.url))
+        meta = Keys(settings.namespace).fixed("meta")
+        return cls(pool, retry_timeout=settings.retry_timeout, address=mask_url(settings.url), meta=meta)
 
     def twin(self) -> Link:
         """Return a second, independent link to the same server."""
-        return Link(self.pool, retry_timeout=self.retry_timeout, address=self.address)
+        return Link(self.pool, retry_timeout=self.retry_timeout, address=self.address, meta=self.meta)
 
     def call(self, *command: Any) -> Any:
         """Send one command and return its reply."""
@@ -184,7 +236,7 @@ class Link:
             RedisUnavailableError: the connection stayed broken for `retry_timeout` seconds.
             redis.ResponseError: the first error among the replies.
         """
-        deadline = time.monotonic() + self.retry_timeout
+        deadline = 0.0
         delay = 0.01
         while True:
             try:
@@ -194,20 +246,20 @@ class Link:
                 raise RedisUnavailableError(
                     f"Redis at {self.address} refuses the password: {error}"
                 ) from error
-            except (*BROKEN, BusyLoadingError, ReadOnlyError) as error:
-                if isinstance(
-                    error, ReadOnlyError
-                ):  # after the others it is closed, or another thread's by now
+            except (*BROKEN, BusyLoadingError, ReadOnlyError, ResponseError) as error:
+                if isinstance(error, ResponseError) and not _passes(error):
+                    raise
+                if isinstance(error, ReadOnlyError) or "READONLY" in str(error):
                     with self.lock:
-                        self.close()
+                        self.close()  # another is the master now; after the others it is closed already
+                # It may have taken `reply_timeout` to find that a connection is dead: the time begins now.
+                deadline = deadline or time.monotonic() + self.retry_timeout
                 if self._aborted or time.monotonic() + delay > deadline:
                     raise RedisUnavailableError(
                         f"no Redis at {self.address} for {self.retry_timeout:g} s: {error}"
                     ) from error
-                commands = commands if again is None else again()
-            except ResponseError as error:
-                if not str(error).startswith(("BUSY ", "MASTERDOWN ")) or time.monotonic() + delay > deadline:
-                    raise
+                if not isinstance(error, ResponseError) and again is not None:
+                    commands = again()
             time.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 (jitter, not a secret)
             delay = min(delay * 2, 1.0)
 
@@ -237,20 +289,50 @@ class Link:
     def connection(self) -> AbstractConnection:
         """Return the live connection, made anew after a fork or a failure. The caller holds `lock`."""
         if self._conn is None or self._pid != os.getpid():
-            self._pid = os.getpid()
+            if self._pid != os.getpid():
+                self._pid, self._id = os.getpid(), b""  # that one is the parent's
             self._flight = None
             conn = self.pool.connection_class(**self.pool.connection_kwargs)
             conn.connect()
+            try:
+                self._greet(conn)
+            except BaseException:
+                conn.disconnect()
+                raise
             self._conn = conn
+            self.n_connects += 1
         return self._conn
 
-    def abort(self) -> None:
-        """End the read that another thread is waiting in, for good: the link is of no use afterwards."""
-        self._aborted = True
+    def _greet(self, conn: AbstractConnection) -> None:
+        """Let nothing that was sent before be carried out any more; see whether the server is the same."""
+        asked: list[Command] = [("CLIENT", "ID"), ("INFO", "server")]
+        if self.meta:
+            asked.append(("HGET", self.meta, META["run"]))
+        own_id, info, *run = _ask(conn, asked)
+        found = _RUN_ID.search(info) if isinstance(info, bytes) else None
+        run_id = found[1].decode() if found else ""
+        if self._id and run_id and run_id == self.run_id:
+            _ask(conn, [("CLIENT", "KILL", "ID", self._id)])
+        # Of a server that does not say who it is, the number might be anybody's after a restart.
+        self._id = str(own_id).encode() if isinstance(own_id, int) and run_id else b""
+        if run_id and run and isinstance(run[0], bytes) and run[0] != run_id.encode():
+            script = load_script("new_run")
+            (answer,) = _ask(conn, [("EVAL", script.source, 1, self.meta, run_id)])
+            if isinstance(answer, ResponseError) and not isinstance(answer, NoPermissionError):
+                raise answer  # who may only look leaves it to those who do more
+        self.run_id = run_id
+
+    def interrupt(self) -> None:
+        """Have a read that another thread is waiting in fail, and be tried again on a new connection."""
         sock = getattr(self._conn, "_sock", None)
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+    def abort(self) -> None:
+        """End the read that another thread is waiting in, for good: the link is of no use afterwards."""
+        self._aborted = True
+        self.interrupt()
 
     def close(self) -> None:
         """Close the connection; the next command opens a new one."""
@@ -259,3 +341,30 @@ class Link:
         if conn is not None and self._pid == os.getpid():
             with contextlib.suppress(RedisError, OSError):  # it may be gone already
                 conn.disconnect()
+
+
+def _ask(conn: AbstractConnection, commands: Sequence[Command]) -> list[Any]:
+    """Send commands and return their replies; what the server refuses (an ACL, say) is an error among them.
+
+    Raises:
+        ResponseError: it takes no commands at all for now.
+    """
+    conn.send_packed_command(conn.pack_commands(commands), check_health=False)
+    replies: list[Any] = []
+    passing = None
+    for _ in commands:
+        try:
+            replies.append(conn.read_response())
+        except ResponseError as error:
+            replies.append(error)
+            passing = passing or (error if _passes(error) else None)
+    if passing is not None:
+        raise passing
+    return replies
+
+
+def _passes(error: ResponseError) -> bool:
+    """Whether a server refuses commands for a while, before it carries out anything of them."""
+    # Of some, redis-py keeps the class and drops the word.
+    passing = (ReadOnlyError, MasterDownError, ClusterDownError, TryAgainError)
+    return isinstance(error, passing) or _PASSING.match(str(error)) is not None

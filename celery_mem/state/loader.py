@@ -30,6 +30,8 @@ MANY_LOCALS = 183
 Above this, the own part of a script gets a function of its own, which may use 60 of the names before it
 and is a little slower.
 """
+BEFORE_JOINING = ("open", "new_run")
+"""Scripts whose caller need not know the generation."""
 _FOLDER = files("celery_mem.state") / "scripts"
 
 
@@ -58,7 +60,7 @@ def load_script(name: str) -> Script:
     body = (_FOLDER / f"{name}.lua").read_text()
     lib = _LIB.search(body)
     parts = lib[1].split() if lib else []
-    shared = "\n".join(map(_part, parts if name == "open" else ["prelude", *parts]))
+    shared = "\n".join(map(_part, parts if name in BEFORE_JOINING else ["prelude", *parts]))
     joined = _leave_out_unused(_strip_comments(shared), _strip_comments(body))
     source = _NAME.sub(lambda m: repr(_TABLES[m[1]][m[2]]), joined)
     # A local is found faster than a field of a global; scripts make a dozen calls per task.

@@ -230,6 +230,15 @@ class Model:
                 found[r.constraint] = found.get(r.constraint, 0) + 1
         return found
 
+    def may_have_erred(self, key: str) -> bool:
+        """Whether it is a matter of timing that a key is released or erred: nobody wants it, and it inherits.
+
+        What needs it and cannot be had may err first; then nobody looks at it any more.
+        """
+        record = self.records[key]
+        is_lineage = record.state in (RELEASED, ERRED) and not self.wanted(key)
+        return is_lineage and record.error is None and bool(self.blames(key))
+
     def blames(self, key: str) -> set[str]:
         """Keys that an error of `key` may be blamed on: which of several is a matter of timing."""
         return {self._blame_of(d) for d in self.records[key].deps if self.records[d].state in BROKEN}
@@ -248,16 +257,17 @@ class Model:
                 if dep not in known:
                     raise UnknownDependencyError("submit", f"{task.key} depends on {dep}")
             known.add(task.key)
+        stale_errors = []
         for task in tasks:
             if (record := self.records.get(task.key)) is None:
                 record = self._create(task, generation, {t.key for t in tasks})
-            stale_error = (
-                not record.holders and record.state == ERRED and not self._erred_dependents(task.key)
-            )
+            if not record.holders and record.state == ERRED:
+                stale_errors.append(record)
             if task.hold:
                 record.holders[client] = task.epoch or epoch
-            if stale_error:
-                self._reset([task.key])
+        for record in stale_errors:
+            if record.state == ERRED and not self._erred_dependents(record.key):
+                self._reset([record.key])
         self._tell_state(client, [(task.key, task.epoch or epoch) for task in tasks if task.hold])
         self.settle()
 
@@ -292,6 +302,15 @@ class Model:
         self._tell_state(client, [(key, epoch) for key in known])
         self.settle()
         return [key for key in keys if key not in known]
+
+    def hold_again(self, client: str, holds: Sequence[tuple[str, int]]) -> list[str]:
+        """Hold keys, each under a number of its own; return those without a record."""
+        known = [(key, epoch) for key, epoch in holds if key in self.records]
+        for key, epoch in known:
+            self.records[key].holders[client] = epoch
+        self._tell_state(client, known)
+        self.settle()
+        return [key for key, _ in holds if key not in self.records]
 
     def release(self, client: str, keys: Iterable[str]) -> None:
         """Drop the client's holds on `keys`."""

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from redis.exceptions import ResponseError
 
 from celery_mem.config import Settings
-from celery_mem.errors import RedisUnavailableError
-from celery_mem.state.keys import SCHEMA, TASK, Keys
-from celery_mem.state.link import Command, Link
+from celery_mem.errors import NamespaceResetError, RedisUnavailableError
+from celery_mem.state.keys import META, SCHEMA, TASK, Keys
+from celery_mem.state.link import Command, Link, Repeat
 from celery_mem.state.loader import load_script
 from celery_mem.state.records import read_result, state_of
 
@@ -228,6 +228,11 @@ class Store:
         settings: limits and leases that the scripts are told.
         generation: birth id of the namespace this process joined.
         now_ms: a clock for tests; None asks Redis.
+
+    Attributes:
+        adopts: where another server took over, go on by oneself; else raise NamespaceResetError, for a caller
+            that has to see first what became of its own.
+        n_rejoined: how often that happened; what this process knows of the namespace may be ahead of it.
     """
 
     def __init__(self, link: Link, settings: Settings, generation: str, *, now_ms: int | None = None) -> None:
@@ -236,6 +241,8 @@ class Store:
         self.keys = Keys(settings.namespace)
         self.generation = generation
         self.now_ms = now_ms
+        self.adopts = True
+        self.n_rejoined = 0
         self._meta = self.keys.fixed("meta")
 
     @classmethod
@@ -247,17 +254,50 @@ class Store:
             SchemaError: another version of this package made the namespace.
         """
         link = link or Link.connect(settings)
-        _check_version(link)
         meta = Keys(settings.namespace).fixed("meta")
-        generation = link.run(load_script("open"), 1, meta, secrets.token_hex(8), SCHEMA)
-        return cls(link, settings, generation.decode())
+        link.meta = link.meta or meta
+        _check_version(link)
+        return cls(link, settings, _open(link, meta))
 
     def twin(self) -> Store:
         """Return a store with a connection of its own."""
         return Store(self.link.twin(), self.settings, self.generation, now_ms=self.now_ms)
 
-    def _run(self, name: str, *args: Any, **options: Any) -> Any:
-        return self.link.run(load_script(name), *self._head(), *args, **options)
+    def rejoin(self) -> bool:
+        """Join the namespace as it is now, or begin it.
+
+        Returns:
+            whether it is the one that was joined before, if perhaps without its last writes.
+        """
+        before, self.generation = self.generation, _open(self.link, self._meta)
+        self.n_rejoined += 1
+        return birth_of(before) == birth_of(self.generation)
+
+    def follow(self) -> bool:
+        """Take over the generation if another server took over; returns whether the namespace is the same."""
+        found = self.link.call("HGET", self._meta, META["generation"])
+        return found == self.generation.encode() or self._adopt()
+
+    def _run(self, name: str, *args: Any, repeat: Repeat | None = None, **options: Any) -> Any:
+        told = (*self._head(), *args)
+        try:
+            return self.link.run(load_script(name), *told, repeat=repeat, **options)
+        except NamespaceResetError:
+            if not (self.adopts and self._adopt()):
+                raise
+            if repeat is not None:
+                told = repeat(told)  # what was given, or applied, may be among what is missing
+            told = (*told[:2], self.generation, *told[3:])
+            return self.link.run(load_script(name), *told, repeat=repeat, **options)
+
+    def _adopt(self) -> bool:
+        """Take over the generation that there is since another server took over; not after a reset."""
+        found = self.link.call("HGET", self._meta, META["generation"])
+        if found is None or birth_of(found.decode()) != birth_of(self.generation):
+            return False
+        self.generation = found.decode()
+        self.n_rejoined += 1
+        return True
 
     def _graph(self, name: str, *args: Any, **options: Any) -> Any:
         return self._run(name, *self._limits(), *args, **options)
@@ -333,7 +373,10 @@ class Store:
         flight = self.link.launch(load_script("submit"), *self._head(), *self._limits(), *args)
 
         def land() -> tuple[int, Tickets]:
-            rank, tickets = flight.land()
+            try:
+                rank, tickets = flight.land()
+            except NamespaceResetError:  # the ordinary way follows where the namespace goes on
+                return self.submit(client, epoch, tasks, functions, generation=generation)
             return rank, _tickets(tickets)
 
         return land
@@ -388,6 +431,25 @@ class Store:
     def hold(self, client: str, epoch: int, keys: Iterable[str]) -> tuple[list[str], Tickets]:
         """Hold keys that exist; returns those that do not."""
         unknown, tickets = self._graph("hold", client, epoch, self.settings.notice_limit, *keys)
+        return _texts(unknown), _tickets(tickets)
+
+    def hold_again(
+        self,
+        client: str,
+        holds: Sequence[tuple[str, int]],
+        *,
+        begin: bool = False,
+        lease_s: float | None = None,
+    ) -> tuple[list[str], Tickets]:
+        """Take holds that a client had, as key and number; returns keys without a record.
+
+        Args:
+            lease_s: the client's lease, if it has one of its own.
+            begin: first give the client its lease, and drop the notices that it has not read.
+        """
+        flat = [x for pair in holds for x in pair]
+        lease, limit = _ms(lease_s or self.settings.client_lease), self.settings.notice_limit
+        unknown, tickets = self._graph("hold_again", client, lease, limit, int(begin), *flat)
         return _texts(unknown), _tickets(tickets)
 
     def release(self, client: str, keys: Iterable[str]) -> Tickets:
@@ -668,6 +730,17 @@ class Store:
         """Return the server's time in ms."""
         seconds, micros = self.link.call("TIME")
         return int(seconds) * 1000 + int(micros) // 1000
+
+
+def birth_of(generation: str) -> str:
+    """Return the part of a generation id that stays the same when another server takes over."""
+    return generation.partition(".")[0]
+
+
+def _open(link: Link, meta: str) -> str:
+    link.call("PING")  # the link knows whom it speaks to once it is connected
+    generation: bytes = link.run(load_script("open"), 1, meta, secrets.token_hex(8), SCHEMA, link.run_id)
+    return generation.decode()
 
 
 def _ms(seconds: float) -> int:

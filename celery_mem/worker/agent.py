@@ -56,20 +56,25 @@ class Agent:
         self.house = None if folder is None else Housekeeper(node, parent, folder, store, int(news["limit"]))
         self._due = 0.0
         self._is_known = False
+        self._rejoined = store.n_rejoined
 
     def renew(self) -> None:
         """Renew the lease of the node and its slots; tell all about it if Redis knows nothing (any more)."""
         pid, status = self.store.link.call(
             "HMGET", self.store.keys.of("node", self.node), NODE["pid"], NODE["status"]
         )
-        known = pid is not None
+        has_rejoined = self._rejoined != self.store.n_rejoined  # Redis may be in a state of some time before
+        self._rejoined = self.store.n_rejoined
+        known = pid is not None and not (has_rejoined and not self._is_leaving)
         told = {} if known else self.news
         if self.house is not None:
             if not known and self._is_known:
-                self.house.begin_anew()  # its replicas were given up with it
+                self.house.begin_anew()  # its replicas were given up with it, or Redis may know of other ones
             told = told | node_news(memory=self.house.look())
             if not self._is_leaving and status != b"retiring":
                 told["status"] = "paused" if self.house.is_paused else "running"
+        if status == b"retiring":
+            told = {name: value for name, value in told.items() if name != "status"}
         self._is_known = True
         self.store.heartbeat(self.node, **told)
 
@@ -157,13 +162,12 @@ class Agent:
 
     def _rejoin(self) -> None:
         try:
-            generation = Store.connect(self.store.settings, self.store.link).generation
+            self.store.rejoin()
         except CeleryMemError as error:
             log.warning("node %s: %s", self.node, error)
             return
-        self.store.generation = generation
         if self.house is not None:
-            self.house.begin_anew(generation)
+            self.house.begin_anew(self.store.generation)
 
     def _field(self, name: str) -> str | None:
         value = self.store.link.call("HGET", self.store.keys.of("node", self.node), NODE[name])
@@ -180,11 +184,14 @@ def main() -> None:
     node, parent = sys.argv[1], int(sys.argv[2])
     told = json.loads(sys.stdin.buffer.read())
     logging.basicConfig(format="[%(asctime)s: %(levelname)s/%(name)s] %(message)s", level=logging.INFO)
-    settings = Settings(**told["settings"]).replace(
+    settings = Settings(**told["settings"])
+    settings = settings.replace(
         # It cannot send tickets, so it reserves none: the coordinator sees the work that it gives back.
         ticket_lease=0.001,
         # Short, so that it sees the end of its worker while Redis is away too.
         retry_timeout=RETRY_S,
+        # A connection that died unseen must not cost it the lease.
+        reply_timeout=min(settings.reply_timeout, max(RETRY_S, settings.node_lease / 3)),
     )
     folder = NodeFolder.open(told["news"]["dir"]) if told["news"].get("dir") else None
     try:

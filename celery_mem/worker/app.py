@@ -10,7 +10,7 @@ import os
 from celery import Celery
 
 from celery_mem.config import Settings
-from celery_mem.graph.tickets import broker_url
+from celery_mem.graph.tickets import broker_options, broker_url
 from celery_mem.worker.install import install
 
 settings = Settings.load()
@@ -21,9 +21,10 @@ app.conf.update(
     task_ignore_result=True,
     worker_prefetch_multiplier=1,
     broker_connection_retry_on_startup=True,
+    broker_channel_error_retry=True,  # else a broker that refuses writes for a moment ends the worker
     # A lost ticket is replaced, so nobody keeps books of what was received. They would be one more thing to
     # write to a full Redis, which ends a Celery worker when it refuses.
-    broker_transport_options={"ack_emulation": False},
+    broker_transport_options={"ack_emulation": False, **broker_options(settings.url)},
     worker_hijack_root_logger=True,
 )
 if config := os.environ.get("CELERY_MEM_CONFIG"):

@@ -22,6 +22,7 @@ from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.limits import memory_limit
 from celery_mem.memory.process import own_identity
 from celery_mem.memory.roots import choose_root, remove_dead_folders
+from celery_mem.state.eviction import Eviction
 from celery_mem.state.keys import NODE
 from celery_mem.state.store import Store, node_news
 from celery_mem.worker import children
@@ -90,6 +91,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         try:
             # The agent would do this too, a moment later; and it does if there is no Redis yet.
             store = Store.connect(self.settings.replace(retry_timeout=ANNOUNCE_S))
+            Eviction(store.link).warn()
             store.heartbeat(parent.hostname, **self.news)
             send_tickets(parent.app, store.call_tickets())
             store.link.close()

@@ -85,6 +85,8 @@ class Slot:
         self._closed = False
         self._was_useful = True
         self._may_trim = False  # something ran since the heap was trimmed
+        self._at_work = threading.Lock()  # held while a ticket runs
+        self._confirmed = 0  # value of `store.n_rejoined` since which Redis told what this slot owns
         self._cut_off_until = 0.0  # until then, tickets that the broker did not take count as on their way
 
     def run_ticket(self, ticket: str) -> int:
@@ -94,6 +96,7 @@ class Slot:
         """
         driver = Driver(self)
         token = here.set(driver)
+        self._at_work.acquire()
         self._turns.take(driver)
         try:
             return self._run_slice(driver, ticket)
@@ -103,7 +106,28 @@ class Slot:
             raise
         finally:
             self._turns.give(driver)
+            self._at_work.release()
             here.reset(token)
+
+    def confirm_at_home(self) -> None:
+        """If another server took over while this slot runs no ticket, see that it owns nothing there."""
+        if not self._at_work.acquire(blocking=False):
+            return  # its next step tells
+        try:
+            if self._closed:
+                return
+            self.store.link.call("PING")  # on a new connection, if the old one broke
+            self.store.follow()
+            if self.is_in_doubt:
+                self._batch.begin(self._step("", 1))
+                self._step("iq", 0)
+        finally:
+            self._at_work.release()
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether Redis may say that this slot owns tasks of which it reported the results already."""
+        return self.store.n_rejoined != self._confirmed
 
     def _run_slice(self, driver: Driver, ticket: str) -> int:
         end = time.monotonic() + self.settings.slice
@@ -111,7 +135,7 @@ class Slot:
         # Tickets that come late, behind other messages, come in heaps; only the first of them waits for work.
         mode = "" if self._was_useful else "l"
         while True:
-            leaving = time.monotonic() >= end and not self._helpers
+            leaving = time.monotonic() >= end and not (self._helpers or self.is_in_doubt)
             taken = self._step("iq" if leaving else mode, 0 if leaving else self._want(), ticket)
             ticket = ""
             if taken:
@@ -122,7 +146,7 @@ class Slot:
                 # on: what they get done may be what frees memory.
                 end = time.monotonic() + self.settings.slice
                 mode = ""
-            elif leaving or "l" in mode:
+            elif leaving or ("l" in mode and not self.is_in_doubt):
                 self._was_useful = ran > 0
                 return ran
             else:
@@ -143,6 +167,8 @@ class Slot:
         if self.memory is not None:
             mode += "mp" if self.memory.is_paused else "m"
         pace_s = self._new_pace()
+        if want > 0 and self.is_in_doubt:
+            mode += "r"
         try:
             step = self.store.step(
                 self.name,
@@ -159,6 +185,8 @@ class Slot:
         except BaseException:
             self._batch.restore(reports)  # repeated by the next step, which does no harm
             raise
+        if want > 0:
+            self._confirmed = self.store.n_rejoined  # with "r" from the start, or since it was repeated
         if pace_s is not None:
             self._told_pace_s = pace_s
         if step.stale:

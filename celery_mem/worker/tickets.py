@@ -57,6 +57,7 @@ def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
     slot: Slot | None = getattr(_local, "slot", None)
     if slot is None or _local.pid != os.getpid() or slot.node != node:
         # Only here, in the process that runs tasks: the main process of a prefork worker needs none of it.
+        from celery_mem.worker.attendance import attend
         from celery_mem.worker.slot import Slot
 
         inside.worker = Host(app, settings, node)
@@ -64,6 +65,7 @@ def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
         memory = _memory_here(app, settings, node)
         slot = Slot(name, node, settings, lambda tickets: send_tickets(app, tickets), memory)
         _local.slot, _local.pid = slot, os.getpid()
+        attend(slot)
     return slot
 
 

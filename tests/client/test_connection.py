@@ -25,10 +25,12 @@ from celery_mem.errors import (
     ClosedClientError,
     ConfigError,
     FutureCancelledError,
-    NamespaceResetError,
     RedisUnavailableError,
+    StateLostError,
     StoreFullError,
 )
+from celery_mem.graph.keys import key_of
+from celery_mem.state.audit import audit, read
 from tests.conftest import delete_namespace, server_program
 from tests.on_cluster import count_call, inc, task_keys, until
 
@@ -58,6 +60,10 @@ def redis_with(folder: Path, *options: str) -> Iterator[str]:
             yield f"unix://{path}"
         finally:
             process.terminate()
+
+
+def count_bytes(data: bytes, _: int) -> int:
+    return len(data)
 
 
 class TestAddress:
@@ -309,24 +315,57 @@ class TestBrokenConnections:
 
 
 class TestLostState:
-    def test_an_emptied_redis_cancels_what_was_held_and_work_goes_on(self, tmp_path):
+    def test_after_redis_was_emptied_futures_go_on_where_the_client_knows_how(self, tmp_path):
         with redis_with(tmp_path) as url, Client(url, set_as_default=False) as client:
-            held = client.scatter(1)
+            small, large = client.scatter(1), client.scatter(bytes(300_000))
+            waiting = client.submit(inc, small)
+            client.session.flush()
+            dependent = client.submit(len, large)
+            client.session.flush()
             delete_namespace(client.session.store)
-            with pytest.raises(NamespaceResetError):
-                client.scatter(2)
-            with pytest.raises(FutureCancelledError, match="emptied or replaced"):
-                held.result()
             assert client.scatter(3).result(timeout=20) == 3
+            assert small.result() == 1
+            assert waiting.status == "pending"
+            for future in (large, dependent):
+                with pytest.raises(StateLostError, match=r"emptied or replaced.*submit it again") as caught:
+                    future.result(timeout=20)
+                assert caught.value.key == future.key
+            client.session.flush_releases()
+            contents = read(client.session.store)
+            assert {key_of(text) for text in contents.records} == {small.key, waiting.key}
+            assert audit(client.session.store) == []
 
-    def test_a_lease_that_ran_out_cancels_what_was_held_and_work_goes_on(self, connect, cluster):
+    def test_nothing_but_what_is_pending_is_kept(self, connect, gate):
+        client = connect()
+        session = client.session
+        first = client.submit(inc, 1)
+        first.result()
+        with session.order:
+            assert session.ledger.nbytes == 0
+        chain = [client.submit(gate.pass_, 1)]
+        for _ in range(20):
+            chain.append(client.submit(inc, chain[-1]))
+        with session.order:
+            assert session.ledger.nbytes > 20 * 300
+        gate.open()
+        client.gather(chain)
+        with session.order:
+            assert session.ledger.nbytes == 0
+
+    def test_payloads_are_kept_up_to_a_limit(self, connect):
+        client = connect(resubmit_bytes=2000)
+        futures = [client.submit(count_bytes, bytes(500), i) for i in range(10)]
+        with client.session.order:
+            assert 0 < client.session.ledger.nbytes <= 2000
+        client.gather(futures)
+
+    def test_after_a_lease_ran_out_futures_go_on(self, connect, cluster):
         client = connect()
         held = client.submit(inc, 1)
         held.result()
         client.session.store.expire_client(client.id)
-        for future in (client.submit(inc, 2), held):
-            with pytest.raises(FutureCancelledError, match="lease"):
-                future.result(timeout=20)
+        assert client.submit(inc, held).result(timeout=20) == 3
+        assert held.result(timeout=20) == 2
         assert client.submit(inc, 3).result(timeout=20) == 4
 
     def test_a_full_redis_refuses_and_goes_on_once_there_is_room(self, tmp_path):

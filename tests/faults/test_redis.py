@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from redis import Redis
 from redis.exceptions import ResponseError
 
-from celery_mem.errors import FutureCancelledError, StateLostError, StoreFullError
+from celery_mem.errors import StateLostError, StoreFullError
 from tests import tasks
 from tests.deployment import Deployment, wait_until
 from tests.faults.graphs import Graph
@@ -134,24 +138,130 @@ def test_after_a_restart_of_redis_everybody_goes_on_and_results_are_right(fsync:
         it.check_empty()
 
 
-def test_a_redis_that_comes_back_empty_is_joined_anew() -> None:
+def test_when_redis_comes_back_empty_the_client_makes_again_what_it_knows_how_to_make() -> None:
     with Deployment(**LEASES) as it:
         it.start_coordinator()
         it.start_worker("w0", slots=2)
         with it.client() as client:
-            future = client.submit(tasks.inc, 1)
-            assert future.result(timeout=60) == 2
-            lost = client.submit(tasks.wait_for_word, (it.url, "lost"))
+            small = client.submit(tasks.inc, 1)
+            large = client.submit(tasks.large, (it.url, "large"), 300_000)
+            assert (small.result(timeout=60), large.result(timeout=60).sum()) == (2, 300_000)
+            pending = client.submit(tasks.wait_for_word, (it.url, "word"), 5)
+            after = client.submit(tasks.add, pending, small)
+            on_large = client.submit(tasks.total_and, (it.url, "on_large"), large, after)
             wait_until(it.runs, "the task to run")
             it.kill("redis")
             it.start_redis()
-            with pytest.raises((StateLostError, FutureCancelledError), match="emptied or replaced"):
-                client.submit(tasks.inc, lost).result(timeout=60)
+            it.redis.rpush("go:word", *["word"] * 3)
+            assert after.result(timeout=60) == 7
+            for future in (large, on_large):  # nobody knows any more how it was made
+                with pytest.raises(StateLostError, match="emptied or replaced"):
+                    future.result(timeout=60)
             it.wait_until(lambda: it.redis.exists(it.key(f"node:{it.node('w0')}")), "the node to join again")
-            assert client.submit(tasks.inc, 2).result(timeout=60) == 3
-            it.redis.rpush("go:lost", "word")
-            assert client.submit(tasks.inc, 3).result(timeout=60) == 4
+            assert client.submit(tasks.inc, small).result(timeout=60) == 3
+            del small, large, pending, after, on_large
+        it.redis.unlink("go:word")
         it.check_empty()
+
+
+# --- errors that pass ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steady() -> Iterator[Deployment]:
+    with Deployment(inline_limit=1000, **LEASES) as it:
+        it.start_coordinator()
+        it.start_worker("w0", slots=2)
+        yield it
+
+
+def be_busy(redis: Redis) -> None:
+    redis.config_set("busy-reply-threshold", 20)
+    redis.eval("for _ = 1, 4000000 do redis.sha1hex('') end", 0)
+
+
+def be_read_only(redis: Redis) -> None:
+    redis.replicaof("127.0.0.1", "1")
+    time.sleep(0.7)
+    redis.replicaof("NO", "ONE")
+
+
+def be_without_a_master(redis: Redis) -> None:
+    redis.config_set("replica-serve-stale-data", "no")
+    be_read_only(redis)
+
+
+def lack_replicas(redis: Redis) -> None:
+    redis.config_set("min-replicas-to-write", 1)
+    time.sleep(0.7)
+    redis.config_set("min-replicas-to-write", 0)
+
+
+def fail_to_save(redis: Redis) -> None:
+    folder = redis.config_get("dir")["dir"]
+    os.mkdir(f"{folder}/dump.rdb")  # where the file should go
+    redis.config_set("save", "3600 1")
+    redis.incr("filler")
+    with contextlib.suppress(ResponseError):
+        redis.bgsave()
+    wait_until(lambda: redis.info("persistence")["rdb_last_bgsave_status"] == "err", "a save to fail")
+    time.sleep(0.7)
+    redis.config_set("save", "")
+    redis.unlink("filler")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        (be_busy, "BUSY"),
+        (be_read_only, "READONLY"),
+        (be_without_a_master, "MASTERDOWN"),
+        (lack_replicas, "NOREPLICAS"),
+        (fail_to_save, "MISCONF"),
+    ],
+)
+def test_what_redis_refuses_for_a_while_is_sent_again(
+    steady: Deployment, trouble: Callable[[Redis], None], says: str
+) -> None:
+    before = steady.redis.info("errorstats")
+    with steady.client() as client:
+        layer = client.map(tasks.nap, [0.02] * 60, range(60))
+        total = client.submit(tasks.add, *layer)
+        making = threading.Thread(target=trouble, args=(steady.redis,))
+        making.start()
+        i = 0
+        while making.is_alive():  # calls wait, none fails
+            i += 1
+            assert client.scatter(i).result(timeout=60) == i
+        assert total.result(timeout=60) == sum(range(60))
+        del layer, total
+    after = steady.redis.info("errorstats")
+    assert after.get(f"errorstat_{says}") != before.get(f"errorstat_{says}")
+    steady.check_empty()
+
+
+# --- eviction -----------------------------------------------------------------------------------------------
+
+
+def test_a_redis_that_may_evict_is_warned_of_and_what_it_evicted_is_made_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with Deployment(("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"), **LEASES) as it:
+        it.start_coordinator()
+        it.start_worker("w0", slots=2)
+        with it.client() as client:
+            assert "set it to noeviction" in caplog.text
+            assert "set it to noeviction" in it.log("c0")
+            pending = client.submit(tasks.wait_for_word, (it.url, "first"), 1)
+            it.wait_until(lambda: len(it.runs()) == 1, "it to run")
+            client.submit(tasks.wait_for_word, (it.url, "second"), 1)
+            doomed = client.submit(tasks.add, pending, 5)
+            client.session.flush()
+            it.redis.unlink(it.key(f"t:{doomed.key}"))  # as the server does when it is full
+            client.session._eviction._evicted = -1
+            it.redis.rpush("go:first", "word", "word")
+            assert doomed.result(timeout=60) == 6
+            del pending, doomed
 
 
 # --- scripts ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
 
 from celery_mem.config import Settings
 from celery_mem.errors import (
+    NamespaceResetError,
     NameTakenError,
     UnknownClientError,
     UnknownDependencyError,
@@ -33,14 +34,16 @@ from celery_mem.errors import (
 )
 from celery_mem.state import store as scripts
 from celery_mem.state.audit import Contents, audit, read, violations
-from celery_mem.state.keys import FLAGS, TASK
+from celery_mem.state.keys import FLAGS, META, TASK
 from celery_mem.state.link import Command, Link
+from celery_mem.state.loader import load_script
 from celery_mem.state.model import (
     ERRED,
     LARGEST_GIVEN,
     MEMORY,
     PROCESSING,
     READY,
+    RELEASED,
     Back,
     Claim,
     Data,
@@ -51,7 +54,7 @@ from celery_mem.state.model import (
     Task,
 )
 from celery_mem.state.records import read_given, read_result
-from celery_mem.state.store import DURABLE, REDIS, Store
+from celery_mem.state.store import DURABLE, REDIS, Store, birth_of
 from tests.conftest import NOW_MS, delete_namespace, fake_link
 
 EFFORT = int(os.environ.get("CELERY_MEM_TEST_EFFORT", "1"))  # 1 takes half a minute; more finds more
@@ -154,6 +157,21 @@ class Twins:
         for _ in range(times):
             assert self.store.hold(client, epoch, keys)[0] == self.model.hold(client, epoch, keys)
             self.compare()
+
+    def hold_again(self, client: str, holds: list[tuple[str, int]], times: int = 1) -> None:
+        for _ in range(times):
+            expected = self.model.hold_again(client, holds)
+            assert self.store.hold_again(client, holds, begin=True)[0] == expected
+            self.compare()
+
+    def lose_client(self, client: str) -> None:
+        """A client's lease runs out; it comes back, and holds again what it held."""
+        holds = [(key, r.holders[client]) for key, r in self.model.records.items() if client in r.holders]
+        while self.store.expire_client(client, most=3)[0]:
+            self.drain()
+        self.model.expire_client(client)
+        self.compare(but_notices_of=client)
+        self.hold_again(client, holds)
 
     def release(self, client: str, keys: list[str], times: int = 1) -> None:
         for _ in range(times):
@@ -295,6 +313,25 @@ class Twins:
             assert i.kind == "r"
             assert (token, maker, int(nbytes)) == (record.data.token, record.maker, record.data.nbytes)
             assert sorted(places) == sorted(record.places)
+
+    def new_run(self) -> None:
+        """Another server took over, which lacks nothing: who joined before is refused once."""
+        store = self.store
+        before = store.generation
+        script = load_script("new_run")
+        run = f"run{next(self.tokens)}"
+        meta = store.keys.fixed("meta")
+        store.link.call("HSETNX", meta, META["run"], "first")
+        for _ in range(2):
+            after = store.link.call("EVAL", script.source, 1, meta, run).decode()
+            assert after != before
+            assert birth_of(after) == birth_of(before)
+        store.adopts = False
+        with pytest.raises(NamespaceResetError):
+            store.retry([])
+        store.adopts = True
+        self.retry([])
+        assert store.generation == after
 
     def abandon_slot(self, slot: str) -> None:
         self.idle.discard(slot)
@@ -464,6 +501,7 @@ class Twins:
         contents = read(self.store)
         assert violations(contents) == []
         found = snapshot(self.store, contents)
+        self.adopt_lineage(found["records"])
         self.adopt_blames(found["records"])
         self.adopt_homes(found["records"])
         expected = self.model.snapshot()
@@ -479,6 +517,17 @@ class Twins:
         assert unrunnable == self.model.unrunnable()
         self.model.check()
         self.agree = True
+
+    def adopt_lineage(self, found: dict[str, dict[str, Any]]) -> None:
+        """What nobody wants may have inherited an error, or not: the model takes the scripts' choice."""
+        for key, record in self.model.records.items():  # inputs come before what depends on them
+            row = found.get(key, {})
+            if not self.model.may_have_erred(key) or record.state == row.get("state"):
+                continue
+            if row.get("state") == RELEASED:
+                record.state, record.blame = RELEASED, None
+            elif row.get("state") == ERRED and row["blame"] in self.model.blames(key):
+                record.state, record.blame = ERRED, row["blame"]
 
     def adopt_blames(self, found: dict[str, dict[str, Any]]) -> None:
         """Where several inputs erred in one call, any may be blamed: the model takes the scripts' choice."""
@@ -740,7 +789,10 @@ class Machine(RuleBasedStateMachine):
     def ask(self, data: st.DataObject, client: str, times: int) -> None:
         """A client does something about keys, most of which have records."""
         keys = data.draw(st.lists(st.sampled_from(self.known_keys()), min_size=1, max_size=3), "keys")
-        match data.draw(st.sampled_from(["hold", "release", "release", "cancel", "force", "retry", "retry"])):
+        asks = ["hold", "again", "release", "release", "cancel", "force", "retry", "retry"]
+        match data.draw(st.sampled_from(asks)):
+            case "again":
+                self.twins.hold_again(client, [(key, self.next_epoch()) for key in keys], times)
             case "hold":
                 self.twins.hold(client, self.next_epoch(), keys, times)
             case "release":
@@ -911,9 +963,18 @@ class Machine(RuleBasedStateMachine):
         self.twins.abandon_slot(slot)
 
     @precondition(lambda self: len(self.twins.model.records) > 5)
-    @rule(client=A_CLIENT)
-    def expire_client(self, client: str) -> None:
-        self.twins.expire_client(client)
+    @rule(client=A_CLIENT, comes_back=st.booleans())
+    def expire_client(self, client: str, comes_back: bool) -> None:
+        if comes_back:
+            self.twins.lose_client(client)
+        else:
+            self.twins.expire_client(client)
+
+    @precondition(lambda self: self.twins.claims)
+    @rule()
+    def begin_a_new_run(self) -> None:
+        """Another server process answers: numbers are not given out twice, everybody joins once more."""
+        self.twins.new_run()
 
     def teardown(self) -> None:
         if hasattr(self, "twins") and self.twins.agree:
@@ -1332,6 +1393,25 @@ def test_who_submits_a_key_twice_in_one_chunk_is_told_under_the_epoch_of_the_las
     twins.put("alice", 1, "d0", Data(0))
     twins.lose(REDIS, [("d0", "0")])
     twins.submit("alice", 2, 1, [a_task("k01", "d0"), a_task("k01"), a_task("k01", epoch=99)])
+
+
+def test_who_submits_a_failed_key_twice_in_one_chunk_is_told_under_the_epoch_of_the_last_hold(twins):
+    twins.submit("alice", 1, 1, [a_task("k00", hold=False), a_task("k01", "k00", order=1)])
+    fail(twins, "k00")
+    twins.put("bob", 2, "k01", Data(1, "int", b"1"))
+    twins.submit("bob", 3, 2, [a_task("k00"), a_task("k00", epoch=99)])
+
+
+def test_what_is_needed_only_by_a_task_that_errs_may_err_or_not(twins):
+    twins.put("alice", 1, "d0", Data(0))
+    twins.lose(REDIS, [("d0", "0")])
+    chain = [
+        a_task("k00", "d0", hold=False),
+        a_task("k01", "k00", hold=False),
+        a_task("k02", "d0", "k00", "k01"),
+    ]
+    twins.submit("alice", 2, 1, chain)
+    twins.retry(["k02"])
 
 
 def test_inputs_of_no_bytes_choose_no_home(twins):

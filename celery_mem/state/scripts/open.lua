@@ -2,6 +2,7 @@
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        1 generation      str   random id, used if the namespace has none
 --             2 schema          int   version of the layout that the caller knows
+--             3 run             str   id of the server process, empty if unknown
 -- RETURNS     the generation id that holds
 -- ERRORS      SCHEMA            the namespace has another layout
 -- COST        O(1)
@@ -11,4 +12,5 @@ if found[2] and found[2] ~= ARGV[2] then
 end
 if found[1] then return found[1] end
 redis.call('HSET', KEYS[1], M.generation, ARGV[1], M.schema, ARGV[2])
+if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], M.run, ARGV[3]) end
 return ARGV[1]

@@ -159,12 +159,14 @@ if #keys > 0 then
   local last = redis.call('HINCRBY', KEYS[1], M.attempts, #keys)
   for i, key in ipairs(keys) do
     local r, payload, payload_blob, given_text = load_with(key, F.payload, F.payload_blob, F.given)
-    if not again[key] then
-      r.state, r.attempt = 'processing', string.format('%.0f', last - #keys + i)
-      redis.call('HSET', r.name, F.core, core_of(r), F.owner, slot)
-      owned[#owned + 1], owned[#owned + 2] = key, r.attempt
+    if r then      -- else Redis evicted it, and its client makes it again
+      if not again[key] then
+        r.state, r.attempt = 'processing', string.format('%.0f', last - #keys + i)
+        redis.call('HSET', r.name, F.core, core_of(r), F.owner, slot)
+        owned[#owned + 1], owned[#owned + 2] = key, r.attempt
+      end
+      taken[#taken + 1] = {key, r.attempt, function_of(r), payload or '', payload_blob or '', inputs_of(r, given_text)}
     end
-    taken[i] = {key, r.attempt, function_of(r), payload or '', payload_blob or '', inputs_of(r, given_text)}
   end
   for i = 1, #owned, 2000 do
     redis.call('HSET', P .. K.slot .. slot, unpack(owned, i, math.min(i + 1999, #owned)))
