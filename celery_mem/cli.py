@@ -267,6 +267,34 @@ def check(url: str | None, namespace: str | None, for_programs: bool, patience: 
         sys.exit(1)
 
 
+@mem.command(context_settings={"ignore_unknown_options": True})
+@where
+@click.argument("flower_options", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def flower(
+    ctx: click.Context, url: str | None, namespace: str | None, flower_options: tuple[str, ...]
+) -> None:
+    """Run Flower, with all of its own options, and a Memory page."""
+    app = celery_app()
+    try:
+        from flower.command import flower as plain_flower
+    except ImportError as error:
+        raise click.ClickException("Flower is not installed: pip install 'celery-mem[flower]'") from error
+    from celery.bin.base import CLIContext
+
+    from celery_mem.monitor.flower import install_pages
+
+    install_pages(look_at(url, namespace))
+    if app is None:
+        from celery import Celery
+
+        from celery_mem.graph.tickets import broker_url
+
+        app = Celery("celery_mem", broker=broker_url(load_settings(url, namespace).url))
+        ctx.obj = CLIContext(app=app, no_color=True, workdir=None, quiet=False)
+    ctx.invoke(plain_flower, tornado_argv=flower_options)
+
+
 def lasting_violations(store: Store, patience: int, pause: float = 0.3) -> list[Violation]:
     """Audit until a reading finds nothing, at most `patience` times; returns what all of them found."""
     from celery_mem.memory.audit_files import audit_files

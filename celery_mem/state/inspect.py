@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -145,6 +145,18 @@ def _count_tasks(store: Store) -> tuple[dict[str, int], int]:
         states.update(state_of(core) for core, _ in rows if core)
         nbytes += sum(result.nbytes for _, raw in rows if (result := read_result(raw)))
     return dict(sorted(states.items())), nbytes
+
+
+def iter_results(store: Store) -> Iterator[tuple[str, list[str], int]]:
+    """Yield key, holders and size of the result (0 if there is none) of every task, in pages."""
+    prefix = store.keys.of("task", "")
+    for names in _scan(store, store.keys.of("task", "*")):
+        rows = store.link.batch([("HMGET", name, TASK["core"], TASK["result"]) for name in names])
+        for name, (core, raw) in zip(names, rows, strict=True):
+            if core:
+                result = read_result(raw)
+                key = name.decode(errors="replace").removeprefix(prefix)
+                yield key, [h for h, _ in read_core(core).holders], result.nbytes if result else 0
 
 
 def _scan(store: Store, pattern: str) -> Any:

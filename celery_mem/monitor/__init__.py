@@ -1,0 +1,1 @@
+"""Our page and metrics inside Flower; reads only, and unpickles nothing."""
