@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from celery_mem.cli import mem
 from celery_mem.memory.files import NodeFolder
+from celery_mem.state.keys import TASK
 from celery_mem.state.store import NewTask, Store
 from tests.cli.conftest import Cli
 
@@ -95,6 +96,7 @@ def test_show_tells_the_whole_record(story: Store, cli: Cli) -> None:
         "type": None,
         "blame": None,
         "error": None,
+        "given": [],
         "dependencies": {"x": "memory", "z": "processing"},
         "dependents": {},
         "holders": {"client-1": 1},
@@ -143,7 +145,10 @@ def test_check_is_content_with_a_sound_namespace(story: Store, cli: Cli) -> None
 
 
 def test_check_names_what_is_broken_and_fails(story: Store, cli: Cli) -> None:
-    story.link.call("HSET", story.keys.of("task", "y"), "w", 5)
+    record = story.keys.of("task", "y")
+    core = story.link.call("HGET", record, TASK["core"]).decode()
+    assert core.startswith("waiting 0 1 ")
+    story.link.call("HSET", record, TASK["core"], core.replace("waiting 0 1 ", "waiting 0 5 "))
     result = cli("check", "--patience", "1")
     assert result.exit_code == 1
     assert "waiting count: 'y' is waiting and counts 5, not 1" in result.output
