@@ -13,7 +13,19 @@ import threading
 import pytest
 
 from celery_mem.errors import FutureCancelledError, MissingKeyError, SerializationError
-from tests.on_cluster import Box, add, count_call, fail_until, identity, inc, server, task_keys, unbox, until
+from tests.on_cluster import (
+    Box,
+    Gate,
+    add,
+    count_call,
+    fail_until,
+    identity,
+    inc,
+    server,
+    task_keys,
+    unbox,
+    until,
+)
 
 Point = collections.namedtuple("Point", "x y")
 
@@ -324,17 +336,19 @@ class TestRetries:
 
 class TestPriority:
     def test_higher_priorities_run_first_and_equal_ones_in_order_of_submission(self, client, gate):
-        blockers = client.map(gate.pass_, ["b0", "b1"])
-        assert {gate.next_reached(), gate.next_reached()} == {"b0", "b1"}
+        first, second = Gate(gate.url), Gate(gate.url)
+        blockers = [client.submit(first.pass_, "b0"), client.submit(second.pass_, "b1")]
+        assert (first.next_reached(), second.next_reached()) == ("b0", "b1")
         futures = [
             client.submit(gate.pass_, name, priority=p)
             for name, p in [("mid1", 0), ("low", -1), ("mid2", 0), ("high", 10), ("mid3", 0)]
         ]
-        gate.open(1)  # one slot goes on; the other stays blocked, so that the order is that of one slot
+        first.open()  # one slot goes on; the other stays blocked, so that the order is that of one slot
         order = []
         for _ in futures:
             order.append(gate.next_reached())
             gate.open(1) if len(order) < len(futures) else gate.open()
         assert client.gather(futures) == ["mid1", "low", "mid2", "high", "mid3"]
+        second.open()
         assert client.gather(blockers) == ["b0", "b1"]
         assert order == ["high", "mid1", "mid2", "mid3", "low"]
