@@ -129,3 +129,22 @@ def hoard(nbytes: int) -> int:
     """Keep so much memory for good; returns the process."""
     hoarded.append(b"x" * nbytes)
     return os.getpid()
+
+
+def add_slowly(where: Where, x: Any, y: Any) -> Any:
+    """Count this run, take a moment, add two arrays."""
+    note(where)
+    time.sleep(0.01)
+    return x + y
+
+
+def fail_with(text: str, _: Any = None) -> None:
+    raise ValueError(text)
+
+
+def fail_at_first(where: Where, x: Any) -> Any:
+    """Fail in the first run."""
+    note(where)
+    if redis_of(where[0]).scard(f"runs:{where[1]}") < 2:
+        raise ValueError("not yet")
+    return x

@@ -28,6 +28,7 @@ class Proxy:
         self._random = random.Random(seed)
         self._is_calm = False
         self._ends: set[asyncio.StreamWriter] = set()
+        self._budgets: list[list[float]] = []  # of the live connections: bytes to Redis, bytes from it
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -41,6 +42,21 @@ class Proxy:
         """Cut no more."""
         self._is_calm = True
 
+    def cut_soon(self, chance: random.Random, most: int = 5_000) -> int:
+        """Cut about half of the connections, each within so many bytes; works when calm, too.
+
+        Returns:
+            How many are to be cut.
+        """
+
+        async def choose() -> int:
+            chosen = [budgets for budgets in self._budgets if chance.random() < 0.5]
+            for budgets in chosen:
+                budgets[chance.randrange(2)] = -chance.uniform(1, most)
+            return len(chosen)
+
+        return asyncio.run_coroutine_threadsafe(choose(), self._loop).result(10)
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             redis_reader, redis_writer = await asyncio.open_unix_connection(self.path, limit=1 << 20)
@@ -49,9 +65,10 @@ class Proxy:
             return
         budgets = [float("inf"), float("inf")]
         budgets[self._random.randrange(2)] = self._random.expovariate(1 / self._mean)
+        self._budgets.append(budgets)
         pumps = [
-            asyncio.ensure_future(self._pump(reader, redis_writer, budgets[0])),
-            asyncio.ensure_future(self._pump(redis_reader, writer, budgets[1])),
+            asyncio.ensure_future(self._pump(reader, redis_writer, budgets, 0)),
+            asyncio.ensure_future(self._pump(redis_reader, writer, budgets, 1)),
         ]
         self._ends |= {writer, redis_writer}
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -60,16 +77,22 @@ class Proxy:
             with contextlib.suppress(OSError):
                 await end.wait_closed()
         await asyncio.wait(pumps)
+        self._budgets = [other for other in self._budgets if other is not budgets]
         self._ends -= {writer, redis_writer}
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budget: float) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, budgets: list[float], way: int
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(1 << 16):
-                if len(data) >= budget and not self._is_calm:
+                is_doomed = budgets[way] < 0  # by `cut_soon`; below zero it counts up
+                left = abs(budgets[way])
+                if len(data) >= left and (is_doomed or not self._is_calm):
                     self.n_cuts += 1
-                    writer.write(data[: int(budget)])
+                    writer.write(data[: int(left)])
                     return
-                budget -= len(data)
+                if is_doomed or len(data) < left:
+                    budgets[way] += len(data) if is_doomed else -len(data)
                 writer.write(data)
                 await writer.drain()
 

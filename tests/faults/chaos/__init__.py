@@ -1,0 +1,1 @@
+"""Real work on a real cluster while whatever can break is broken, by a schedule that a seed reproduces."""
