@@ -6,8 +6,10 @@ which keys the bytes depend.
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,6 +20,8 @@ PLAIN = b"p"
 FRAMED = b"b"
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
+_NAMES_SOMETHING = b"\x93"  # the opcode that looks up a module's attribute, in protocol 4 and later
+_SHORT = 4096
 
 
 class _Found(threading.local):
@@ -93,6 +97,21 @@ def dumps(obj: Any, what: str = "object") -> Frames:
         _found.keys = outer
 
 
+class _Unpickler(pickle.Unpickler):
+    """Imports packages before what is in them, as several threads may unpickle at once.
+
+    To import `a.b` locks `a.b` and then waits for `a`. If another thread is importing `a` at that moment, and that
+    needs `a.b`, Python breaks the deadlock by giving it half a module, and the import of `a` fails for good.
+    """
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if module_name not in sys.modules:
+            names = module_name.split(".")
+            for n in range(1, len(names)):
+                __import__(".".join(names[:n]))
+        return super().find_class(module_name, global_name)
+
+
 def loads(head: bytes | memoryview, buffers: Sequence[Any] = (), what: str = "object") -> Any:
     """Unpickle. Arrays share the memory of `buffers` and are writable where those are.
 
@@ -100,7 +119,9 @@ def loads(head: bytes | memoryview, buffers: Sequence[Any] = (), what: str = "ob
         DeserializationError: a module is missing here or the bytes do not fit this Python.
     """
     try:
-        return pickle.loads(head, buffers=buffers)
+        if len(head) <= _SHORT and _NAMES_SOMETHING not in bytes(head):
+            return pickle.loads(head, buffers=buffers)
+        return _Unpickler(io.BytesIO(head), buffers=buffers).load()
     except ModuleNotFoundError as error:
         raise DeserializationError(
             f"{what} needs the module {error.name!r}, which this process does not have; "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -170,3 +172,29 @@ class TestErrors:
         data = dumps(np.zeros(100)).inline()
         with pytest.raises(DeserializationError, match="expected"):
             loads_inline(data[:-1])
+
+
+def test_a_package_that_another_thread_imports_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "slow_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import time; time.sleep(0.2); from slow_package.part import x")
+    (package / "part.py").write_text("x = 1\nclass Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    errors = []
+
+    def begin() -> None:
+        try:
+            import slow_package  # type: ignore[import-not-found]  # noqa: F401
+        except ImportError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=begin)
+    thread.start()
+    while "slow_package" not in sys.modules:
+        time.sleep(0.001)
+    found = loads(b"\x80\x05\x8c\x11slow_package.part\x8c\x05Thing\x93.")
+    thread.join()
+    assert errors == []
+    assert found.__name__ == "Thing"
