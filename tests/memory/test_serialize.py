@@ -179,8 +179,8 @@ def test_a_package_that_another_thread_imports_is_waited_for(
 ) -> None:
     package = tmp_path / "slow_package"
     package.mkdir()
-    (package / "__init__.py").write_text("import time; time.sleep(0.2); from slow_package.part import x")
-    (package / "part.py").write_text("x = 1\nclass Thing: pass\n")
+    (package / "__init__.py").write_text("import time; time.sleep(0.2); from slow_package.part import Thing")
+    (package / "part.py").write_text("import slow_package\nclass Thing: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
     errors = []
 

@@ -88,6 +88,7 @@ class Arena:
         self._due: list[tuple[float, int, Callable[[], None]]] = []  # heap of what is to be restored
         self._n_due = 0
         self._away: set[str] = set()
+        self._is_closed = False
         self._messages: list[tuple[str, bytes]] = []
         self._read: dict[str, int] = {}
         for name in OFF_CLOCK:
@@ -405,6 +406,7 @@ class Arena:
 
     def close(self) -> list[str]:
         """End everything; returns what is left of it on this machine, processes and files."""
+        self._is_closed = True
         name = self.folder.name
         folders = [str(folder) for folder in self._folders()]
         self.proxy.close()
@@ -427,8 +429,9 @@ class Arena:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(Exception):
-            self.proxy.close()
+        if self._is_closed:
+            return
+        self.proxy.close()
         while self._due:
             with suppress(Exception):
                 self.tend(all_of_it=True)

@@ -169,6 +169,7 @@ class Run:
                 self.report.faults.append(f"clients that do not end, in {self.begun}")
                 return
         self._listen()
+        self.say(f"clients have ended after {time.monotonic() - started:.1f} s")
         arena.deployment.forget_runs()
         store = arena.deployment.store()
         checks: dict[str, Callable[[], Any]] = {
@@ -179,6 +180,7 @@ class Run:
         for what, look in checks.items():
             if found := wait_for_calm(look, CALM_S):
                 self.report.faults.append(f"{what}: {found}")
+            self.say(f"nothing {what} after {time.monotonic() - started:.1f} s")
         store.link.close()
         self.report.calm_s = time.monotonic() - started
 
