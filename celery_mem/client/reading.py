@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from celery_mem.client.states import KeyState
+from celery_mem.client.states import FINISHED, KeyState
 from celery_mem.errors import DataLostError
 from celery_mem.graph.keys import key_of
 from celery_mem.memory.durable import durable_files
@@ -76,6 +76,7 @@ class Reading:
             DataLostError: there is not even a record.
         """
         session, what = self._session, f"the result of {key_of(state.text)!r}"
+        is_confirmed = False
         while True:
             session.check_open()
             if found is None:
@@ -84,7 +85,13 @@ class Reading:
                 return True, loads_inline(found.value, what)
             location = found.location
             if location is None:
-                raise DataLostError(key_of(state.text), "there is no record of it any more")
+                if is_confirmed:
+                    raise DataLostError(key_of(state.text), "there is no record of it any more")
+                session.confirm()  # it may be this client that Redis lost track of, and it can tell more
+                if state.status != FINISHED:
+                    return False, None
+                is_confirmed, found = True, None
+                continue
             if location.state != "memory":
                 return False, None
             if (got := self._read_copy(state.text, location, what)) is not None:

@@ -254,8 +254,14 @@ class Session:
                 # That it is there may still be under way to this client: notices so far do not count any
                 # more.
                 state.epoch, state.status, state.data = epoch, PENDING, None
-            if self.hold([state.text], epoch):
+            if self.hold([state.text], epoch) and state.status == PENDING:  # else a recovery has told more
                 self.forget([state], "its task is gone")
+
+    def confirm(self) -> None:
+        """See that Redis knows this client; if it lost track of it, make them agree again."""
+        with self.order:
+            self.check_open()
+            self._guarded(lambda: self.store.renew_client(self.id, lease_s=self.lease_s))
 
     def make_durable(self, texts: Sequence[str]) -> None:
         """Have results outlive all workers. The caller knows that they were submitted, or are about to be."""

@@ -368,6 +368,16 @@ class TestLostState:
         assert held.result(timeout=20) == 2
         assert client.submit(inc, 3).result(timeout=20) == 4
 
+    def test_a_large_result_that_went_with_the_lease_says_so(self, connect):
+        client = connect()
+        held = client.submit(bytes, 100_000)
+        assert len(held.result(timeout=20)) == 100_000
+        client.session.store.expire_client(client.id)
+        with pytest.raises(StateLostError, match="its lease ran out"):
+            held.result(timeout=20)
+        with pytest.raises(StateLostError, match="its lease ran out"):
+            client.gather([held], timeout=20)
+
     def test_a_full_redis_refuses_and_goes_on_once_there_is_room(self, tmp_path):
         options = ("--maxmemory", "8mb", "--maxmemory-policy", "noeviction")
         with redis_with(tmp_path, *options) as url, Client(url, set_as_default=False) as client:

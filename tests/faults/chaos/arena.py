@@ -132,6 +132,11 @@ class Arena:
             }
             it.start(name, [sys.executable, "-m", "tests.faults.chaos.player", json.dumps(spec)], env)
 
+    def replace(self, player: str) -> None:
+        """Start a client that ended by itself once more."""
+        self.deployment.wait_gone(player)
+        self._start(player)
+
     def _later(self, seconds: float, call: Callable[[], None]) -> None:
         self._n_due += 1
         heapq.heappush(self._due, (time.monotonic() + seconds, self._n_due, call))

@@ -147,8 +147,18 @@ class Run:
                 report.runs += entry["runs"]
                 report.notes.update(entry["notes"])
                 report.longest_job_s = max(report.longest_job_s, entry["seconds"])
+            elif "failed" in entry and self._may_have_lost(player, entry):
+                report.notes["clients that were told that their lease was over"] += 1
+                self.begun.pop(player, None)
+                self.arena.replace(player)
             elif "failed" in entry:
                 report.faults.append(f"{entry['failed']} ({entry['job']}): {entry['text']}")
+
+    def _may_have_lost(self, player: str, entry: dict[str, Any]) -> bool:
+        """Large results of a client that stood still for longer than its lease are gone; it must say just that."""
+        since = self.begun.get(player, ("", 0.0))[1]
+        is_told = entry["error"] == "StateLostError" and "its lease ran out" in entry["text"]
+        return is_told and self.arena.stopped_clients.get(player, 0.0) > since
 
     def _audit(self) -> None:
         if time.monotonic() >= self._audit_due:
