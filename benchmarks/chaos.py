@@ -27,15 +27,25 @@ from tests.faults.chaos.schedule import WEIGHTS, schedule
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--seed", type=int, help="of the schedule and the jobs; chosen and printed if not given")
+    parser.add_argument(
+        "--seed", type=int, help="of the schedule and the jobs; chosen and printed if not given"
+    )
     parser.add_argument("--every", type=float, default=1.7, help="mean seconds between faults")
-    parser.add_argument("--patience", type=float, default=90.0, help="seconds after which a result counts as a hang")
+    parser.add_argument(
+        "--patience", type=float, default=90.0, help="seconds after which a result counts as a hang"
+    )
     parser.add_argument("--clients", type=int, default=len(PLAYERS), choices=range(1, len(PLAYERS) + 1))
-    parser.add_argument("--jobs", default="", metavar="A,B", help="only these jobs, by their names in jobs.py")
-    parser.add_argument("--only", default="", metavar="A,B", help="only these kinds of faults: " + ", ".join(WEIGHTS))
+    parser.add_argument(
+        "--jobs", default="", metavar="A,B", help="only these jobs, by their names in jobs.py"
+    )
+    parser.add_argument(
+        "--only", default="", metavar="A,B", help="only these kinds of faults: " + ", ".join(WEIGHTS)
+    )
     parser.add_argument("--without", default="", metavar="A,B", help="all kinds of faults but these")
     parser.add_argument("--keep", type=Path, help="folder for logs and state if anything is wrong")
-    parser.add_argument("--plan", action="store_true", help="print the first 30 steps of the schedule, and end")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the first 30 steps of the schedule, and end"
+    )
     return parser.parse_args(argv)
 
 

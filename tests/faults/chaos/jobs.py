@@ -111,7 +111,11 @@ def shuffle(stage: Stage) -> None:
     seed = stage.chance.randrange(1 << 30)
     numbers = np.random.default_rng(seed)
     table = pd.DataFrame(
-        {"id": numbers.integers(0, 97, 40_000), "x": numbers.integers(0, 1000, 40_000), "n": np.arange(40_000)}
+        {
+            "id": numbers.integers(0, 97, 40_000),
+            "x": numbers.integers(0, 1000, 40_000),
+            "n": np.arange(40_000),
+        }
     )
     frame = dd.from_pandas(table, npartitions=6).shuffle("id")
     held = stage.client.persist(frame)
@@ -157,7 +161,8 @@ def errors(stage: Stage) -> None:
     bad = stage.client.submit(tasks.fail_with, "as asked", good)
     after = stage.client.submit(tasks.inc, bad)
     some = [
-        stage.client.submit(tasks.fail_at_first, (stage.url, f"{stage.name}+{i}"), i, retries=50) for i in range(5)
+        stage.client.submit(tasks.fail_at_first, (stage.url, f"{stage.name}+{i}"), i, retries=50)
+        for i in range(5)
     ]
     try:
         after.result(timeout=stage.patience_s)

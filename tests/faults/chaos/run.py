@@ -58,14 +58,24 @@ class Report:
         """Return it for people."""
         jobs = ", ".join(f"{name} {n}" for name, n in sorted(self.jobs.items()))
         lines = [
-            f"seed {self.seed}: {sum(self.injected.values())} faults in {self.seconds:.0f} s "
-            f"({sum(self.nothing_there.values())} more found nothing to break)",
+            (
+                f"seed {self.seed}: {sum(self.injected.values())} faults in {self.seconds:.0f} s "
+                f"({sum(self.nothing_there.values())} more found nothing to break)"
+            ),
             *(f"  {n:5}  {kind}" for kind, n in sorted(self.injected.items())),
-            f"jobs done, every value right: {sum(self.jobs.values())} ({jobs}), {self.cut_short} ended with their client",
-            f"tasks that count their runs: {self.tasks}, run again: {self.runs - self.tasks}; "
-            f"the longest job took {self.longest_job_s:.1f} s",
+            (
+                f"jobs done, every value right: {sum(self.jobs.values())} ({jobs}), "
+                f"{self.cut_short} ended with their client"
+            ),
+            (
+                f"tasks that count their runs: {self.tasks}, run again: {self.runs - self.tasks}; "
+                f"the longest job took {self.longest_job_s:.1f} s"
+            ),
             "recovered: " + ", ".join(f"{n} {what}" for what, n in {**self.logged, **self.notes}.items()),
-            f"connections cut in the middle: {self.n_cuts}; all was calm {self.calm_s:.1f} s after the last fault",
+            (
+                f"connections cut in the middle: {self.n_cuts}; "
+                f"all was calm {self.calm_s:.1f} s after the last fault"
+            ),
         ]
         lines += [f"FAULT  {fault}" for fault in self.faults] or ["0 wrong values, 0 hangs, 0 leaks"]
         return "\n".join(lines)
@@ -155,7 +165,7 @@ class Run:
                 report.faults.append(f"{entry['failed']} ({entry['job']}): {entry['text']}")
 
     def _may_have_lost(self, player: str, entry: dict[str, Any]) -> bool:
-        """Large results of a client that stood still for longer than its lease are gone; it must say just that."""
+        """Large results of a client that stood still for longer than its lease are gone; it must say so."""
         since = self.begun.get(player, ("", 0.0))[1]
         is_told = entry["error"] == "StateLostError" and "its lease ran out" in entry["text"]
         return is_told and self.arena.stopped_clients.get(player, 0.0) > since
