@@ -101,7 +101,7 @@ class _Unpickler(pickle.Unpickler):
     """Imports packages before what is in them, as several threads may unpickle at once.
 
     To import `a.b` locks `a.b` and then waits for `a`. If another thread is importing `a` at that moment, and
-    that needs `a.b`, Python breaks the deadlock by giving it half a module, and the import of `a` fails for good.
+    that needs `a.b`, Python breaks the deadlock by giving it half a module, and that import fails for good.
     """
 
     def find_class(self, module_name: str, global_name: str) -> Any:

@@ -25,7 +25,7 @@ RECOVERED = {
     "reports that came too late": r"not counted|came too late|stale",
 }
 AUDIT_EVERY_S = 2.0
-CALM_S = 60.0
+CALM_S = 150.0  # a file of which its agent was never told goes when the agent looks twice, a minute apart
 """How long after the last fault everything may take to be as it should."""
 
 
