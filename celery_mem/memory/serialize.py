@@ -6,6 +6,7 @@ which keys the bytes depend.
 
 from __future__ import annotations
 
+import importlib
 import io
 import pickle
 import struct
@@ -97,19 +98,30 @@ def dumps(obj: Any, what: str = "object") -> Frames:
         _found.keys = outer
 
 
-class _Unpickler(pickle.Unpickler):
-    """Imports packages before what is in them, as several threads may unpickle at once.
+_importing = threading.RLock()
+"""Held by a thread that imports because of what it unpickles."""
 
-    To import `a.b` locks `a.b` and then waits for `a`. If another thread is importing `a` at that moment, and
-    that needs `a.b`, Python breaks the deadlock by giving it half a module, and that import fails for good.
+
+class _Unpickler(pickle.Unpickler):
+    """Imports one module at a time, and packages before what is in them: other threads unpickle, too.
+
+    Two threads whose imports wait for each other would be a deadlock. Python breaks it by giving one of them
+    half a module, with which an import fails, of some packages for as long as the process lives. To import
+    `a.b` locks `a.b` and then waits for `a`: no circle of modules is needed, only a thread that imports `a`.
     """
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        if module_name not in sys.modules:
-            names = module_name.split(".")
-            for n in range(1, len(names)):
-                __import__(".".join(names[:n]))
+        if not _is_imported(module_name):
+            with _importing:
+                names = module_name.split(".")
+                for n in range(1, len(names) + 1):
+                    importlib.import_module(".".join(names[:n]))
         return super().find_class(module_name, global_name)
+
+
+def _is_imported(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
 def loads(head: bytes | memoryview, buffers: Sequence[Any] = (), what: str = "object") -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib
 import json
 import logging
 import os
@@ -65,6 +66,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         parent.app.mem_folder = "" if self.folder is None else self.folder.path
         if self.pool == "prefork":
             children.limit_memory(parent, self.limit // self.slots)
+        elif self.slots > 1:
+            # What its threads would import at any time, and at the same time; see `serialize.loads`.
+            importlib.import_module("celery_mem.client.client")
 
     def start(self, parent: Any) -> None:
         """Announce the node, start its agent, and call for work that waits already."""

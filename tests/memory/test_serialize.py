@@ -6,6 +6,8 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -174,14 +176,34 @@ class TestErrors:
             loads_inline(data[:-1])
 
 
-def test_a_package_that_another_thread_imports_is_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+THING = b"\x80\x05\x8c\x11slow_package.part\x8c\x05Thing\x93."
+
+
+@pytest.fixture
+def slow_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package that needs what is in it, and takes its time."""
     package = tmp_path / "slow_package"
     package.mkdir()
     (package / "__init__.py").write_text("import time; time.sleep(0.2); from slow_package.part import Thing")
     (package / "part.py").write_text("import slow_package\nclass Thing: pass\n")
+    (tmp_path / "slow_user.py").write_text("import slow_package.part\nclass Thing: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("slow_package", "slow_package.part", "slow_user"):
+        sys.modules.pop(name, None)
+
+
+def test_two_threads_import_one_after_the_other_what_their_objects_need(slow_package: None) -> None:
+    user = b"\x80\x05\x8c\x09slow_user\x8c\x05Thing\x93."
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(loads, b"\x80\x05\x8c\x0cslow_package\x8c\x05Thing\x93.")
+        while "slow_package" not in sys.modules:
+            time.sleep(0.001)
+        assert pool.submit(loads, user).result().__module__ == "slow_user"
+        assert first.result().__module__ == "slow_package.part"
+
+
+def test_a_package_that_another_thread_imports_is_waited_for(slow_package: None) -> None:
     errors = []
 
     def begin() -> None:
@@ -194,7 +216,7 @@ def test_a_package_that_another_thread_imports_is_waited_for(
     thread.start()
     while "slow_package" not in sys.modules:
         time.sleep(0.001)
-    found = loads(b"\x80\x05\x8c\x11slow_package.part\x8c\x05Thing\x93.")
+    found = loads(THING)
     thread.join()
     assert errors == []
     assert found.__name__ == "Thing"

@@ -43,6 +43,8 @@ THROUGH_PROXY = frozenset({"w1", "w2", "c1", "k1"})
 OFF_CLOCK = frozenset({"w0", "w2", "c0"})
 LASTING = frozenset({"k2"})
 """Clients with a name: what comes after a killed one takes over what that held."""
+WITHOUT_MEMORY = frozenset({"w1"})
+"""Nodes whose results all go to Redis."""
 SKEWS_S = (3600.0, -3600.0, 40.0, -40.0, 0.0)
 MESSAGE_SAMPLES = 30
 CLOCK = Path(__file__).with_name("clock")
@@ -112,6 +114,8 @@ class Arena:
             env["CELERY_MEM_URL"] = self.proxy.url
         if name in OFF_CLOCK:
             env |= {"TEST_CLOCK": str(self._clock(name)), "PYTHONPATH": f"{CLOCK}:{CLOCK.parents[3]}"}
+        if name in WITHOUT_MEMORY:
+            env["CELERY_MEM_NODE_MEMORY"] = "false"
         self._away.discard(name)
         if name in NODES:
             pool, slots = NODES[name]
@@ -291,19 +295,20 @@ class Arena:
     def cut_connections(self, step: Step, chance: random.Random) -> bool:
         return self.proxy.cut_soon(chance) > 0
 
-    def _tokens(self) -> list[bytes]:
-        """Blobs that hold results of tasks: the payload of a task can be had from nowhere else."""
+    def _blobs(self) -> list[bytes]:
+        """Return results of tasks in Redis that can be made again; not payloads, nor what has no lineage."""
         it = self.deployment
         found = []
         for name in it.redis.scan_iter(it.key("b:*"), 1000):
             token, _, key = name.removeprefix(it.key("b:").encode()).partition(b":")
-            text = it.redis.hget(it.key("t:").encode() + key, TASK["payload_blob"])
-            if text != token and token.isdigit():
+            record = it.key("t:").encode() + key
+            recipe, payload = it.redis.hmget(record, TASK["recipe"], TASK["payload_blob"])
+            if recipe and payload != token:
                 found.append(name)
         return sorted(found)
 
     def delete_a_blob(self, step: Step, chance: random.Random) -> bool:
-        blobs = self._tokens()
+        blobs = self._blobs()
         return bool(blobs) and bool(self.deployment.redis.unlink(chance.choice(blobs)))
 
     def _folders(self) -> list[Path]:
