@@ -69,6 +69,7 @@ def a_dead_node(scene: Scene) -> None:
         )
     scene.submit("running")
     assert len(scene.store.step("dead|1-1.1", "dead", want=1).taken) == 1
+    scene.run()
     scene.pass_time(scene.store.settings.node_lease + 1)
     scene.node("alive")
     scene.store.renew_client("alice")
