@@ -100,9 +100,9 @@ class Outbox:
         pairs = [(f.hash, b"" if f.hash in known and len(f.code) > SMALL_CODE else f.code) for f in used]
         with self.sending(parcels):
             try:
-                self._session.submit([(tasks, pairs, [])])
+                self._session.submit([(tasks, pairs)])
             except UnknownFunctionError:
-                self._session.submit([(tasks, [(f.hash, f.code) for f in used], [])])
+                self._session.submit([(tasks, [(f.hash, f.code) for f in used])])
         known.update(names)
 
     @contextlib.contextmanager

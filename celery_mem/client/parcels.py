@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from celery_mem.client.states import KeyState
 from celery_mem.graph.calls import Function
 from celery_mem.state.store import NewTask
 
+CHUNK_TASKS = 500
+CHUNK_BYTES = 4 << 20
+"""What one script call takes in: it holds up everybody else."""
+LAST_ORDER = (1 << 24) - 1
 TASK_BYTES = 300
 """What a task takes beside its payload."""
 
@@ -95,6 +99,17 @@ class Ledger:
         parcel.above = tuple(above.values())
         for state in states:
             state.parcel = parcel
+
+
+def cuts(tasks: Sequence[NewTask]) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of the chunks in which tasks are sent."""
+    start, size = 0, 0
+    for i, task in enumerate(tasks):
+        size += len(task.payload)
+        if i - start >= CHUNK_TASKS or (size > CHUNK_BYTES and i > start):
+            yield start, i
+            start, size = i, len(task.payload)
+    yield start, len(tasks)
 
 
 def lineage(parcels: Iterable[Parcel]) -> list[Parcel]:

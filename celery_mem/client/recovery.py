@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from celery_mem.client.parcels import Parcel, lineage
+from celery_mem.client.parcels import CHUNK_TASKS, LAST_ORDER, Parcel, cuts, lineage
 from celery_mem.client.states import ERROR, FINISHED, PENDING, KeyState
 from celery_mem.errors import StateLostError
 from celery_mem.graph.calls import Function
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from celery_mem.client.session import Session
 
 log = logging.getLogger("celery_mem.client")
-
-CHUNK = 500
-CHUNK_BYTES = 4 << 20
 
 
 class Recovery:
@@ -59,10 +56,10 @@ class Recovery:
     def _hold(self, holds: Sequence[tuple[str, int]]) -> set[str]:
         """Hold keys again; returns those that Redis does not know."""
         unknown: set[str] = set()
-        for start in range(0, len(holds), CHUNK) or (0,):
+        for start in range(0, len(holds), CHUNK_TASKS) or (0,):
             found, tickets = self._store.hold_again(
                 self._session.id,
-                holds[start : start + CHUNK],
+                holds[start : start + CHUNK_TASKS],
                 begin=start == 0,
                 lease_s=self._session.lease_s,
             )
@@ -76,8 +73,8 @@ class Recovery:
         lent = {task.key for parcel in session.outbox.unsent for task in parcel.tasks}
         held = self._store.held_by(session.id)
         others = [t for t in held if t not in session.states and t not in lent]
-        for start in range(0, len(others), CHUNK):
-            session.send_tickets(self._store.release(session.id, others[start : start + CHUNK]))
+        for start in range(0, len(others), CHUNK_TASKS):
+            session.send_tickets(self._store.release(session.id, others[start : start + CHUNK_TASKS]))
 
     # --- what is gone ---
 
@@ -118,8 +115,8 @@ class Recovery:
         tasks = {t.key: t for p in reversed(parcels) for t in p.tasks}  # the first under a key counts
         outside = list({dep for t in tasks.values() for dep in t.deps if dep not in tasks})
         known: set[str] = set()
-        for start in range(0, len(outside), CHUNK):
-            page = outside[start : start + CHUNK]
+        for start in range(0, len(outside), CHUNK_TASKS):
+            page = outside[start : start + CHUNK_TASKS]
             found = self._store.link.batch([("EXISTS", self._store.keys.of("task", text)) for text in page])
             known.update(text for text, exists in zip(page, found, strict=True) if exists)
         functions: dict[str, Function] = {}
@@ -146,25 +143,21 @@ class Recovery:
         loan = session.next_epoch()
         borrowed: list[str] = []
         rank: int | None = None
-        chunk: list[NewTask] = []
-        size = 0
-        for i, task in enumerate(tasks):
-            state = wanted.get(task.key) or session.states.get(task.key)
-            if state is None:
-                borrowed.append(task.key)
-            epoch = loan if state is None else state.epoch
-            chunk.append(task._replace(hold=True, epoch=epoch, order=min(i, (1 << 24) - 1)))
-            size += len(task.payload)
-            if task.payload_blob:
-                self._write_payload(task, payloads[task.payload_blob])
-            if len(chunk) == CHUNK or size > CHUNK_BYTES or i + 1 == len(tasks):
-                names = dict.fromkeys(t.function for t in chunk)
-                codes = [(name, functions[name].code) for name in names]
-                rank, tickets = self._store.submit(session.id, loan, chunk, codes, generation=rank)
-                session.send_tickets(tickets)
-                chunk, size = [], 0
-        for start in range(0, len(borrowed), CHUNK):
-            session.send_tickets(self._store.release(session.id, borrowed[start : start + CHUNK]))
+        for start, end in cuts(tasks):
+            chunk = []
+            for i, task in enumerate(tasks[start:end], start):
+                state = wanted.get(task.key) or session.states.get(task.key)
+                if state is None:
+                    borrowed.append(task.key)
+                epoch = loan if state is None else state.epoch
+                chunk.append(task._replace(hold=True, epoch=epoch, order=min(i, LAST_ORDER)))
+                if task.payload_blob:
+                    self._write_payload(task, payloads[task.payload_blob])
+            codes = [(name, functions[name].code) for name in dict.fromkeys(t.function for t in chunk)]
+            rank, tickets = self._store.submit(session.id, loan, chunk, codes, generation=rank)
+            session.send_tickets(tickets)
+        for start in range(0, len(borrowed), CHUNK_TASKS):
+            session.send_tickets(self._store.release(session.id, borrowed[start : start + CHUNK_TASKS]))
 
     def _write_payload(self, task: NewTask, data: bytes) -> None:
         settings = self._session.settings

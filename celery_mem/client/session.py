@@ -147,17 +147,17 @@ class Session:
 
     def submit(
         self,
-        chunks: Iterable[tuple[list[NewTask], list[tuple[str, bytes]], list[Command]]],
+        chunks: Iterable[tuple[list[NewTask], list[tuple[str, bytes]]]],
         generation: int | None = None,
     ) -> int:
-        """Send chunks of tasks: (tasks, functions they use, commands ahead of them); returns their rank."""
+        """Send chunks of tasks, each with the functions that they use; returns their rank."""
         with self.order:
             self.outbox.flush()
-            for tasks, functions, before in chunks:
+            for tasks, functions in chunks:
                 self.check_open()
                 generation, tickets = self._guarded(
-                    lambda t=tasks, f=functions, b=before, g=generation: self.store.submit(  # type: ignore[misc]
-                        self.id, 0, t, f, generation=g, before=b
+                    lambda t=tasks, f=functions, g=generation: self.store.submit(  # type: ignore[misc]
+                        self.id, 0, t, f, generation=g
                     )
                 )
                 self.send_tickets(tickets)
@@ -265,21 +265,23 @@ class Session:
 
     def make_durable(self, texts: Sequence[str]) -> None:
         """Have results outlive all workers. The caller knows that they were submitted, or are about to be."""
-        with self.order:
-            self.check_open()
-            self.outbox.flush()
-            for start in range(0, len(texts), RELEASE_CHUNK):
-                page = texts[start : start + RELEASE_CHUNK]
-                self.send_tickets(self._guarded(lambda p=page: self.store.make_durable(p))[1])  # type: ignore[misc]
+        for _, tickets in self._in_pages(self.store.make_durable, texts):
+            self.send_tickets(tickets)
 
     def entrust(self, texts: Sequence[str]) -> None:
         """Have tasks run to their end though nobody holds them any more."""
+        self._in_pages(self.store.entrust, texts)
+
+    def _in_pages(self, call: Callable[[Sequence[str]], Any], texts: Sequence[str]) -> list[Any]:
+        """Run a script for keys, so many at a time, after what was submitted; returns its replies."""
+        replies = []
         with self.order:
             self.check_open()
             self.outbox.flush()
             for start in range(0, len(texts), RELEASE_CHUNK):
                 page = texts[start : start + RELEASE_CHUNK]
-                self._guarded(lambda p=page: self.store.entrust(p))  # type: ignore[misc]
+                replies.append(self._guarded(lambda p=page: call(p)))  # type: ignore[misc]
+        return replies
 
     def flush_releases(self) -> None:
         """Release now what has no futures any more."""

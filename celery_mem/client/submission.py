@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from celery_mem.client.future import Future, text_of_future
 from celery_mem.client.outbox import SMALL_CALL, SMALL_CODE, as_missing_key
-from celery_mem.client.parcels import Parcel
+from celery_mem.client.parcels import CHUNK_BYTES, CHUNK_TASKS, LAST_ORDER, Parcel, cuts
 from celery_mem.client.placing import Placing
 from celery_mem.client.states import KeyState
 from celery_mem.errors import MissingKeyError, UnknownDependencyError, UnknownFunctionError
@@ -23,12 +23,10 @@ from celery_mem.state.store import NewTask
 if TYPE_CHECKING:
     from celery_mem.client.client import Client
 
-CHUNK_TASKS = 500
-CHUNK_BYTES = 4 << 20
 LARGE_PAYLOAD = 1 << 20
-LAST_ORDER = (1 << 24) - 1
 
-Chunk = tuple[list[NewTask], list[tuple[str, bytes]], list[Any]]
+Chunk = tuple[list[NewTask], list[tuple[str, bytes]]]
+"""Tasks, and the functions that they use."""
 
 
 class Submission:
@@ -154,7 +152,7 @@ class Submission:
         parcel = self._pack()
         for chunk in self._chunks(codes=False):
             self._land(parcel)
-            self._under_way = parcel, chunk, self._session.launch(chunk[0], chunk[1], self._rank)
+            self._under_way = parcel, chunk, self._session.launch(*chunk, self._rank)
         self._n_sent += len(self._tasks)
         self._tasks = []
 
@@ -162,7 +160,7 @@ class Submission:
         """Wait until Redis has what is under way."""
         if self._under_way is None:
             return
-        parcel, (tasks, functions, _), arrive = self._under_way
+        parcel, (tasks, functions), arrive = self._under_way
         self._under_way = None
         session = self._session
         with session.outbox.sending([parcel, *next_parcels]):
@@ -170,7 +168,7 @@ class Submission:
                 self._rank = arrive()
             except UnknownFunctionError:
                 codes = [(name, self._functions[name].code) for name, _ in functions]
-                self._rank = session.submit([(tasks, codes, [])], self._rank)
+                self._rank = session.submit([(tasks, codes)], self._rank)
             except UnknownDependencyError as error:
                 raise as_missing_key(error, session.lost_keys) from error
         session.known_functions.update(name for name, _ in functions)
@@ -288,11 +286,11 @@ class Submission:
     def _chunks(self, *, codes: bool) -> Iterator[Chunk]:
         """Cut the tasks into chunks. What a later chunk depends on is held until all are sent."""
         tasks = self._tasks
-        cuts = list(_cuts(tasks))
-        if len(cuts) > 1:
-            tasks = self._with_loans(tasks, cuts)
+        ranges = list(cuts(tasks))
+        if len(ranges) > 1:
+            tasks = self._with_loans(tasks, ranges)
         sent: set[str] = set()
-        for start, end in cuts:
+        for start, end in ranges:
             chunk = tasks[start:end]
             functions = []
             for name in dict.fromkeys(t.function for t in chunk):
@@ -301,10 +299,10 @@ class Submission:
                 is_asked_for = known and len(function.code) > SMALL_CODE
                 functions.append((name, b"" if is_asked_for else function.code))
                 sent.add(name)
-            yield chunk, functions, []
+            yield chunk, functions
 
-    def _with_loans(self, tasks: list[NewTask], cuts: list[tuple[int, int]]) -> list[NewTask]:
-        chunk_of = {t.key: i for i, (start, end) in enumerate(cuts) for t in tasks[start:end]}
+    def _with_loans(self, tasks: list[NewTask], ranges: list[tuple[int, int]]) -> list[NewTask]:
+        chunk_of = {t.key: i for i, (start, end) in enumerate(ranges) for t in tasks[start:end]}
         needed_later = set()
         for task in tasks:
             if task.deps:
@@ -315,16 +313,6 @@ class Submission:
         self._loans = [t.key for t in tasks if not t.hold and t.key in needed_later]
         loans = set(self._loans)
         return [t._replace(hold=True) if t.key in loans else t for t in tasks] if loans else tasks
-
-
-def _cuts(tasks: Sequence[NewTask]) -> Iterator[tuple[int, int]]:
-    start, size = 0, 0
-    for i, task in enumerate(tasks):
-        size += len(task.payload)
-        if i - start >= CHUNK_TASKS or (size > CHUNK_BYTES and i > start):
-            yield start, i
-            start, size = i, len(task.payload)
-    yield start, len(tasks)
 
 
 def _as_frames(data: bytes) -> tuple[bytes, list[memoryview], tuple[str, ...]]:

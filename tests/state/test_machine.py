@@ -41,6 +41,7 @@ from celery_mem.state.model import (
     ERRED,
     LARGEST_GIVEN,
     MEMORY,
+    MOST_GIVEN,
     PROCESSING,
     READY,
     RELEASED,
@@ -1521,6 +1522,14 @@ def test_no_copies_are_wanted_of_what_is_only_lineage(twins):
     run(twins, "k01")
     twins.want_copies(["k00", "k01"], 2, ("a@one",))
     assert read(twins.store).copies == {"k01"}
+
+
+def test_as_much_is_given_as_the_model_says(twins):
+    inputs = [f"x{i}" for i in range(MOST_GIVEN // LARGEST_GIVEN + 1)]
+    for i, key in enumerate(inputs, 1):
+        twins.put("alice", i, key, Data(LARGEST_GIVEN, "bytes", bytes(LARGEST_GIVEN)))
+    twins.submit("alice", 99, 1, [a_task("k00", *inputs)])
+    assert read(twins.store).records["k00"].deps == inputs[-1:]
 
 
 def test_given_inputs_come_in_their_places_among_the_others(twins):

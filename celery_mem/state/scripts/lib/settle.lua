@@ -99,6 +99,7 @@ local function drop_data(r)
   set_state(r, r.recipe and 'released' or 'lost')
 end
 
+-- What was to be written along is the result, if anything: the other fields of such a record are there already.
 local function clear_data(r)
   r.data_dropped, r.along = nil, nil
   redis.call('HDEL', r.name, F.value, F.result)
