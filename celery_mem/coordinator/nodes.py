@@ -12,6 +12,8 @@ from celery_mem.state.keys import META
 
 log = logging.getLogger("celery_mem.coordinator")
 
+DEATH = "its node was silent for longer than its lease"
+
 
 class NodeLeases(Duty):
     """Gives up nodes whose lease is over, with all that they held."""
@@ -28,7 +30,7 @@ class NodeLeases(Duty):
         for node in overdue:
             log.warning("node %s was silent for longer than its lease and is given up", node)
             for slot in self.store.leave_node(node, fence=fence).slots:
-                given_up = give_up_slot(self.store, slot, node)
+                given_up = give_up_slot(self.store, slot, node, death=DEATH)
                 self.send_tickets(given_up.tickets)
                 log.warning("its slot %s had %d tasks", slot, len(given_up.keys))
                 if given_up.killed:

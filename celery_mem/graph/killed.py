@@ -6,9 +6,13 @@ import json
 import pickle
 from typing import NamedTuple
 
-from celery_mem.errors import KilledWorkerError
+from celery_mem.errors import CeleryMemError, KilledWorkerError
 from celery_mem.state.keys import TASK
+from celery_mem.state.records import read_deaths, read_recipe
 from celery_mem.state.store import Store, Tickets
+
+FUNCTION_HEAD = 512
+"""Bytes of a stored function that begin with a line which names it, see `calls.encode_function`."""
 
 
 class GivenUp(NamedTuple):
@@ -25,34 +29,58 @@ class GivenUp(NamedTuple):
     tickets: Tickets
 
 
-def give_up_slot(store: Store, slot: str, node: str, *, is_death: bool = True) -> GivenUp:
+def give_up_slot(store: Store, slot: str, node: str, *, death: str) -> GivenUp:
     """Take away the tasks of a slot that is gone, as the caller knows.
 
     Args:
-        is_death: hold its end against the tasks; False for a worker that was stopped on purpose.
+        death: how its process ended, which is held against the tasks; empty for one that was to end.
     """
-    owned = store.link.call("HGETALL", store.keys.of("slot", slot))
-    attempts = {owned[i].decode(): owned[i + 1].decode() for i in range(0, len(owned), 2)}
-    if not is_death:
-        step = store.step(slot, node, mode="iq", want=0, back=list(attempts.items()))
-        return GivenUp(list(attempts), [], step.tickets)
-    deaths = [store.link.call("HGET", store.keys.of("task", key), TASK["deaths"]) for key in attempts]
-    last = [
-        key for key, n in zip(attempts, deaths, strict=True) if int(n or 0) >= store.settings.allowed_failures
-    ]
-    keys, killed, tickets = store.abandon_slot(
-        slot, node, killed_error(last, slot, store.settings.allowed_failures)
-    )
+    owned = owned_by(store, slot)
+    if not death:
+        step = store.step(slot, node, mode="iq", want=0, back=list(owned.items()))
+        return GivenUp(list(owned), [], step.tickets)
+    death = f"on {node}: {death}"
+    errors = {}
+    for key in owned:
+        deaths, function = _history(store, key)
+        if len(deaths) >= store.settings.allowed_failures:
+            others = tuple(other for other in owned if other != key)
+            errors[key] = encode_plain(KilledWorkerError(key, function, (*deaths, death), others))
+    keys, killed, tickets = store.abandon_slot(slot, node, death, errors)
     return GivenUp(keys, killed, tickets)
 
 
-def killed_error(keys: list[str], slot: str, allowed: int) -> bytes:
-    """Return the error of tasks that took too many slots with them, in the form of graph/errors.py."""
-    error = KilledWorkerError(tuple(keys), slot, allowed)
+def owned_by(store: Store, slot: str) -> dict[str, str]:
+    """Return what a slot owns: key text -> attempt."""
+    flat = store.link.call("HGETALL", store.keys.of("slot", slot))
+    return {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}
+
+
+def encode_plain(error: CeleryMemError) -> bytes:
+    """Return an error without traceback in the form of graph/errors.py.
+
+    Not by that module's own means: this runs in node agents, which are to stay small.
+    """
     head = {
         "type": f"{type(error).__module__}.{type(error).__qualname__}",
         "message": str(error),
         "traceback": "",
     }
-    # Not by that module's own means: this runs in node agents, which are to stay small.
     return json.dumps(head).encode() + b"\n" + pickle.dumps([b"p" + pickle.dumps(error)])
+
+
+def _history(store: Store, key: str) -> tuple[list[str], str]:
+    """Return how processes died with a task, and the name of its function."""
+    deaths, raw = store.link.call("HMGET", store.keys.of("task", key), TASK["deaths"], TASK["recipe"])
+    recipe = read_recipe(raw)
+    if recipe is None:
+        return read_deaths(deaths), ""
+    head = store.link.call("GETRANGE", store.keys.of("function", recipe.function), 0, FUNCTION_HEAD)
+    return read_deaths(deaths), _name_in(head)
+
+
+def _name_in(head: bytes) -> str:
+    try:
+        return str(json.loads(head.partition(b"\n")[0])["name"])
+    except (ValueError, KeyError):  # its code is gone, or of another version of this package
+        return "an unknown function"

@@ -72,3 +72,8 @@ def read_result(raw: bytes | None) -> Result | None:
         return None
     nbytes, _, type_name = raw.decode(errors="surrogateescape").partition(" ")
     return Result(int(nbytes), type_name)
+
+
+def read_deaths(raw: bytes | None) -> list[str]:
+    """Return how slots died while they ran the task, one text each."""
+    return raw.decode(errors="surrogateescape").split("\n") if raw else []

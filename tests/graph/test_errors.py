@@ -13,7 +13,7 @@ import pytest
 
 from celery_mem.errors import CeleryMemError, KilledWorkerError, RemoteError
 from celery_mem.graph.errors import MAX_FRAMES, decode_error, encode_error, error_summary
-from celery_mem.graph.killed import killed_error
+from celery_mem.graph.killed import encode_plain
 
 
 class TwoArgumentsError(Exception):
@@ -208,7 +208,9 @@ class TestTheBytes:
         assert error_summary(b"garbage") == ("?", "", "")
 
     def test_of_a_killed_task_name_it(self):
-        error, tb = decode_error(killed_error(["k"], "celery@host|1.2", 3))
+        error, tb = decode_error(
+            encode_plain(KilledWorkerError("k", "f", ("on one: SIGKILL", "on two: SIGSEGV")))
+        )
         assert type(error) is KilledWorkerError
-        assert "task k ended its worker process 4 times" in str(error)
+        assert "task k (f) was running when its process died, 2 times: on one: SIGKILL; on two" in str(error)
         assert tb is None

@@ -14,7 +14,9 @@ from celery_mem.errors import KilledWorkerError
 from celery_mem.memory.process import _started, is_alive, own_identity
 from celery_mem.state.audit import read
 from celery_mem.state.keys import NODE, TASK
-from celery_mem.worker.agent import Agent, process_of
+from celery_mem.state.records import read_deaths
+from celery_mem.worker.agent import Agent
+from celery_mem.worker.stopper import process_of
 from tests.deployment import wait_until
 from tests.tasks import inc
 from tests.worker.conftest import Space
@@ -51,7 +53,9 @@ def claim(space: Space, slot: str, **kwargs: Any) -> Any:
 
 
 def deaths(space: Space, future: Any) -> int:
-    return int(space.store.link.call("HGET", space.store.keys.of("task", future.key), TASK["deaths"]) or 0)
+    return len(
+        read_deaths(space.store.link.call("HGET", space.store.keys.of("task", future.key), TASK["deaths"]))
+    )
 
 
 def test_a_process_is_known_by_its_pid_and_its_start(sleeper: subprocess.Popen[bytes]) -> None:
@@ -77,7 +81,7 @@ def test_what_a_dead_process_was_running_is_ready_again_and_the_living_are_left_
     states = {key: row.state for key, row in read(space.store).records.items()}
     assert states == {lost.key: "ready", kept.key: "processing"}
     assert deaths(space, lost) == 1
-    space.store.abandon_slot(own, "node", b"")
+    space.store.abandon_slot(own, "node", "", {})
 
 
 def test_a_slot_of_an_earlier_process_with_the_same_pid_is_given_up(space: Space, agent: Agent) -> None:
@@ -92,12 +96,12 @@ def test_a_task_that_ends_too_many_processes_errs_and_is_named(space: Space, age
     for i in range(allowed + 1):
         assert space.store.step(f"node|{os.getpid()}-1.{i}", "node").taken
         agent.bury()
-    with pytest.raises(
-        KilledWorkerError, match=rf"task poison ended its worker process {allowed + 1} times"
-    ) as info:
+    with pytest.raises(KilledWorkerError) as info:
         future.result(timeout=10)
-    assert info.value.keys == ("poison",)
-    assert "mem_allowed_failures" in str(info.value)
+    deaths = ("on node: its worker ended",) * (allowed + 1)
+    assert info.value.args == ("poison", "inc", deaths, ())
+    assert f"task poison (inc) was running when its process died, {allowed + 1} times" in str(info.value)
+    assert f"mem_allowed_failures is {allowed}" in str(info.value)
 
 
 def test_of_several_tasks_that_died_together_all_are_named(space: Space, agent: Agent) -> None:
@@ -107,8 +111,8 @@ def test_of_several_tasks_that_died_together_all_are_named(space: Space, agent: 
         while space.store.step(slot, "node", want=2).taken:
             pass
         agent.bury()
-    for future in futures:
-        with pytest.raises(KilledWorkerError, match="one of the tasks a, b"):
+    for future, other in zip(futures, ("b", "a"), strict=True):
+        with pytest.raises(KilledWorkerError, match=rf"task {future.key} .* beside {other} the last time"):
             future.result(timeout=10)
 
 

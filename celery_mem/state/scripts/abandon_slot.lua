@@ -3,21 +3,24 @@
 -- KEYS        1 meta            hash  {ns}:meta
 -- ARGV        5 slot            str
 --             6 node            str
---             7 allowed         int   deaths of its slot that a task survives
---             8 error           str   pickled error for tasks that went over it
+--             7 death           str   how it ended, one line
+--             8 ...             pairs of a key that errs, as too many slots died with it, and its pickled error
 -- RETURNS     {keys that it was running, keys erred for it, tickets to send}
 -- INVARIANTS  nothing else counts as proof of death: the caller saw the process gone or the lease over;
 --             a slot that comes back finds its attempts void
 -- COST        O(tasks of the slot)
-local slot, node, allowed = ARGV[5], ARGV[6], tonumber(ARGV[7])
+local slot, node, death = ARGV[5], ARGV[6], ARGV[7]
+local errors = {}
+for i = 8, #ARGV, 2 do errors[ARGV[i]] = ARGV[i + 1] end
 relief()
 local keys, killed = redis.call('HKEYS', P .. K.slot .. slot), {}
 for _, key in ipairs(keys) do
   local r = load(key)
   if r and r.state == 'processing' and extra(r, F.owner) == slot then
-    local deaths = redis.call('HINCRBY', r.name, F.deaths, 1)
-    if deaths > allowed then
-      redis.call('HSET', r.name, F.error, ARGV[8])
+    local deaths = extra(r, F.deaths)
+    redis.call('HSET', r.name, F.deaths, (deaths and deaths .. '\n' or '') .. death)
+    if errors[key] then
+      redis.call('HSET', r.name, F.error, errors[key])
       err(r, key)
       killed[#killed + 1] = key
     else
