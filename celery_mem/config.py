@@ -64,6 +64,12 @@ class Settings:
     reply_timeout: float = _setting(60.0, "silence after which a Redis connection counts as dead", "seconds")
     connect_timeout: float = _setting(5.0, "how long one attempt to connect may take", "seconds")
     allowed_failures: int = _setting(3, "deaths of its slot a task survives", "deaths")
+    stop_grace: float = _setting(
+        0.3,
+        "time that a task which is cancelled or out of time has to clean up; then its process is killed",
+        "seconds",
+        or_zero=True,
+    )
     # the memory of the workers
     node_memory: bool = _setting(True, "large results stay on the node that made them; off: all go to Redis")
     memory_limit: int = _setting(

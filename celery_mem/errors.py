@@ -186,27 +186,67 @@ class TaskExitError(CeleryMemError):
     """A task raised SystemExit or KeyboardInterrupt, which would have ended its worker."""
 
 
+class TaskInterrupt(BaseException):
+    """Raised inside a running task that was cancelled, or ran for longer than its `timeout`.
+
+    Not an `Exception`, so that a task which retries what fails does not take it for a failure. A task may
+    catch it to clean up, for `mem_stop_grace` seconds at most, and should let it pass.
+
+    Args:
+        reason: "cancelled" or "timeout".
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class TaskTimeoutError(CeleryMemError):
+    """A task ran for longer than the `timeout` that it was submitted with, and was stopped.
+
+    No TimeoutError: that is for a caller who waited long enough, and says nothing about the task.
+
+    Args:
+        key: key text.
+        seconds: the limit.
+        node: where it ran.
+    """
+
+    def __init__(self, key: str, seconds: float, node: str) -> None:
+        super().__init__(key, seconds, node)
+        self.key = key
+        self.seconds = seconds
+        self.node = node
+
+    def __str__(self) -> str:
+        return f"task {self.key} ran for longer than its timeout of {self.seconds:g} s on {self.node}"
+
+
 class KilledWorkerError(CeleryMemError):
     """Processes died while they ran a task, more often than `mem_allowed_failures`: it is not tried again.
 
     Args:
-        keys: the key texts concerned; of several, one is to blame and nobody can tell which.
-        slot: the last one that died.
-        allowed: deaths that a task survives.
+        key: key text of the task.
+        function: name of its function.
+        deaths: one text for each process that died with it: its node, and how it ended.
+        others: key texts of tasks that the last of them had in hand too; nobody can tell which is to blame.
     """
 
-    def __init__(self, keys: tuple[str, ...], slot: str, allowed: int) -> None:
-        super().__init__(keys, slot, allowed)
-        self.keys = keys
-        self.slot = slot
-        self.allowed = allowed
+    def __init__(
+        self, key: str, function: str, deaths: tuple[str, ...], others: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(key, function, deaths, others)
+        self.key = key
+        self.function = function
+        self.deaths = deaths
+        self.others = others
 
     def __str__(self) -> str:
-        one = len(self.keys) == 1
-        what = f"task {self.keys[0]}" if one else f"one of the tasks {', '.join(self.keys)}"
+        beside = f", beside {', '.join(self.others)} the last time" if self.others else ""
         return (
-            f"{what} ended its worker process {self.allowed + 1} times (out of memory, a crash, os._exit?); "
-            f"mem_allowed_failures is {self.allowed}; the last one was {self.slot}"
+            f"task {self.key} ({self.function}) was running when its process died, {len(self.deaths)} times"
+            f"{beside}: {'; '.join(self.deaths)}. It is not tried again: mem_allowed_failures is "
+            f"{len(self.deaths) - 1}. Out of memory, a crash in compiled code, or os._exit?"
         )
 
 
@@ -278,6 +318,14 @@ class StateLostError(CeleryMemError):
         return f"Redis knows nothing of {self.key!r} any more: {self.reason}; submit it again"
 
 
+class RestartedError(CeleryMemError):
+    """Somebody restarted the cluster: all futures from before are cancelled, and this call is to be repeated.
+
+    Args:
+        reason: who did.
+    """
+
+
 # --- answers of the scripts ---------------------------------------------------------------------------------
 
 
@@ -304,6 +352,12 @@ class NamespaceResetError(StateError, StateLostError):
     """The namespace is not the one this process joined: Redis was emptied, replaced or failed over."""
 
     code = "NAMESPACE_RESET"
+
+
+class RestartingError(StateError):
+    """The namespace is being restarted; who joins helps with that, users never see this."""
+
+    code = "RESTARTING"
 
 
 class UnknownClientError(StateError):
@@ -352,6 +406,7 @@ BY_CODE: dict[str, type[StateError]] = {
     cls.code: cls
     for cls in (
         NamespaceResetError,
+        RestartingError,
         UnknownClientError,
         UnknownDependencyError,
         UnknownFunctionError,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import functools
+import itertools
 import os
 import signal
 import time
@@ -53,6 +56,34 @@ def counted_here(where: Where, seconds: float) -> int:
     note(where)
     time.sleep(seconds)
     return os.getpid()
+
+
+def spin(where: Where, *, swallows: bool = False) -> None:
+    """Run for ever; note how it ends, and if told so, go on all the same."""
+    note(where)
+    n = 0
+    while True:
+        try:
+            while True:
+                n += 1
+        except BaseException as error:
+            redis_of(where[0]).rpush(f"ended:{where[1]}", f"{type(error).__name__} {error}")
+            if not swallows:
+                raise
+
+
+def hold_the_gil(where: Where) -> None:
+    """Be for ever in compiled code that gives nobody else in this process a turn."""
+    note(where)
+    collections.deque(itertools.repeat(None), maxlen=0)
+
+
+def spin_at_first(where: Where, times: int) -> str:
+    """Run for ever the first few times."""
+    note(where)
+    while redis_of(where[0]).scard(f"runs:{where[1]}") <= times:
+        pass
+    return "done"
 
 
 def nap(seconds: float, x: Any) -> Any:
@@ -148,3 +179,22 @@ def fail_at_first(where: Where, x: Any) -> Any:
     if redis_of(where[0]).scard(f"runs:{where[1]}") < 2:
         raise ValueError("not yet")
     return x
+
+
+def spin_on(where: Where, _: Any) -> None:
+    spin(where)
+
+
+def wait_for_inner(where: Where, node: str) -> None:
+    """Have a task run in this slot that cannot be stopped, and wait for it."""
+    from celery_mem import Client
+
+    note(where)
+    Client.current().submit(hold_for_ever, (where[0], "inner"), key="inner", workers=node).result()
+
+
+def hold_for_ever(where: Where) -> None:
+    note(where)
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(60)

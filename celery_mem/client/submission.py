@@ -14,7 +14,15 @@ from celery_mem.client.states import KeyState
 from celery_mem.errors import MissingKeyError, UnknownDependencyError, UnknownFunctionError
 from celery_mem.graph import collections as lowering
 from celery_mem.graph import inside
-from celery_mem.graph.calls import Function, Payload, call, encode_call, encode_function, encode_node
+from celery_mem.graph.calls import (
+    Function,
+    Payload,
+    call,
+    encode_call,
+    encode_function,
+    encode_node,
+    with_timeout,
+)
 from celery_mem.graph.keys import Key, text_of
 from celery_mem.graph.nodes import is_node
 from celery_mem.memory.serialize import Frames
@@ -40,6 +48,7 @@ class Submission:
             not depend on each other.
         annotations: name -> {key: value}, of Dask.
         durable: whether the results that it refers to are to outlive all workers.
+        timeout: how long each task may run, seconds.
     """
 
     def __init__(
@@ -52,9 +61,11 @@ class Submission:
         streams: bool = False,
         annotations: Mapping[str, Mapping[Key, Any]] | None = None,
         durable: bool = False,
+        timeout: float | None = None,
     ) -> None:
         self.client = client
         self._durable = durable
+        self._timeout = timeout
         self.states: dict[str, KeyState] = {}
         self._new: list[KeyState] = []
         self._session = client.session
@@ -106,7 +117,7 @@ class Submission:
     ) -> None:
         """Add a task."""
         self._functions[function.hash] = function
-        data, blob = payload.data, ""
+        data, blob = with_timeout(payload.data, self._timeout), ""
         if len(data) > LARGE_PAYLOAD:
             blob = self._write_blob(text, data)
             self._payloads[blob] = data
@@ -148,7 +159,7 @@ class Submission:
 
     def _stream(self) -> None:
         """Send what there is, and go on while Redis takes it in."""
-        self._session.outbox.flush()
+        self._session.flush_outbox()
         parcel = self._pack()
         for chunk in self._chunks(codes=False):
             self._land(parcel)
@@ -272,7 +283,7 @@ class Submission:
             session.outbox.add(parcel, self._new)
             return
         try:
-            session.outbox.flush()
+            session.flush_outbox()
             with session.outbox.sending([parcel]):
                 try:
                     session.submit(self._chunks(codes=False), self._rank)

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import marshal
+import struct
 import sys
 import threading
 import weakref
@@ -26,7 +27,10 @@ from celery_mem.memory.serialize import dumps, loads_inline
 CALL = b"c"
 NODE = b"d"
 """First byte of a payload: a plain call, or one whose arguments may be Dask nodes."""
+TIMED = b"t"
+"""Before the first byte of a call with a time limit: this, and the seconds as a double."""
 
+_DOUBLE = struct.Struct("<d")
 _SIMPLE = frozenset({int, float, str, bytes, bool, type(None), complex})
 
 
@@ -107,7 +111,8 @@ def _encode_function(func: Callable[..., Any]) -> Function:
         raise SerializationError(
             f"function {name} carries {len(body)} bytes of data with it; pass the data as an argument"
         )
-    code = json.dumps(_versions()).encode() + b"\n" + body
+    head = json.dumps({"name": name[:200], **_versions()})
+    code = head.encode() + b"\n" + body
     return Function(hashlib.blake2b(code, digest_size=16).hexdigest(), code, name, frames.contains)
 
 
@@ -174,7 +179,8 @@ def decode_function(code: bytes) -> Callable[..., Any]:
     head, newline, body = code.partition(b"\n")
     try:
         theirs = json.loads(head)
-    except ValueError:
+        theirs.pop("name", None)
+    except (ValueError, AttributeError):
         raise DeserializationError("the stored function is not one of ours") from None
     ours = _versions()
     if not newline or theirs != ours:
@@ -312,6 +318,18 @@ def encode_node(
     frames = dumps((tuple(out), named), "arguments")
     extra = tuple(k for k in frames.contains if k not in index)
     return Payload((NODE if nested else CALL) + frames.inline(), (*deps, *extra))
+
+
+def with_timeout(payload: bytes, seconds: float | None) -> bytes:
+    """Return the payload of a call that may run for so long."""
+    return payload if seconds is None else TIMED + _DOUBLE.pack(seconds) + payload
+
+
+def timeout_of(payload: bytes) -> tuple[float | None, bytes]:
+    """Return how long a call may run, in seconds, and its payload without that."""
+    if payload[:1] != TIMED:
+        return None, payload
+    return _DOUBLE.unpack_from(payload, 1)[0], payload[1 + _DOUBLE.size :]
 
 
 def decode_call(

@@ -322,6 +322,8 @@ class Model:
     def cancel(self, client: str, keys: Iterable[str], force: bool = False) -> list[str]:
         """Drop holds on `keys` and on all that depends on them, as far as nobody else holds it.
 
+        What may have been stopped so while it runs, its agent gets word of.
+
         Args:
             force: drop the holds of other clients as well; they are told. What a result contains, it keeps.
         Returns: the keys on which `client` had a hold that it lost.
@@ -341,6 +343,7 @@ class Model:
                 self._tell(record, "c")
                 record.holders = {h: epoch for h, epoch in record.holders.items() if h.startswith("@")}
             if force or not record.holders:
+                self._mail_stop(record)
                 queue += self.dependents(key)
         self.settle()
         return dropped
@@ -682,6 +685,12 @@ class Model:
 
     def _has_copy(self, record: Record, token: str, place: str) -> bool:
         return self._names(record, token) and place in record.places
+
+    def _mail_stop(self, record: Record) -> None:
+        """Its agent looks when the attempt is void, and stops it."""
+        node = (record.owner or "").rpartition("|")[0]
+        if record.state == PROCESSING and node in self.nodes:
+            self.mail.append((node, f"x {record.owner} {record.attempt} {record.key}"))
 
     def _mail_drop(self, place: str, token: str) -> None:
         if place == DURABLE:

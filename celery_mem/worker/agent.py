@@ -1,9 +1,10 @@
 """The node agent: a small process beside each worker that says the node lives, and sees when parts of it die.
 
-It runs no user code and waits for nobody's GIL. It keeps the node within its memory, drops what was freed and
-moves data between hosts. It ends after its worker, however that ends: it sees that its parent is another one,
-gives up the slots whose processes are gone, and signs the node off. A worker that stops in good order tells
-it so by SIGUSR1 and waits: then what only this node has is saved to Redis first.
+It runs no user code and waits for nobody's GIL. It keeps the node within its memory, drops what was freed,
+moves data between hosts, and stops tasks that were cancelled or are out of time. It ends after its worker,
+however that ends: it sees that its parent is another one, gives up the slots whose processes are gone, and
+signs the node off. A worker that stops in good order tells it so by SIGUSR1 and waits: then what only this
+node has is saved to Redis first.
 """
 
 from __future__ import annotations
@@ -24,13 +25,19 @@ from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import is_alive
 from celery_mem.state.keys import NODE
 from celery_mem.state.store import Store, node_news
+from celery_mem.worker.control import remove_control
 from celery_mem.worker.housekeeping import Housekeeper
+from celery_mem.worker.mailbox import Mailbox
+from celery_mem.worker.stopper import Stopper, process_of
 
 log = logging.getLogger("celery_mem.agent")
 
 AGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Blocked when an agent is started: it listens to them when it is ready to."""
 TICK_S = 0.25
+EXIT_S = 1.0
+"""How long a worker may take to see how one of its pool children ended."""
+MANY_EXITS = 100
 RETRY_S = 1.0
 
 
@@ -54,6 +61,17 @@ class Agent:
         self.is_stopping = False  # the whole deployment is stopped: what ends now was not killed by its task
         self.is_told_to_leave = False  # the worker stopped in good order and waits until the node is gone
         self.house = None if folder is None else Housekeeper(node, parent, folder, store, int(news["limit"]))
+        self.stopper = Stopper(node, news["pool"], news.get("control", ""), store, self._note_exit)
+        self.mailbox = Mailbox(
+            node,
+            store,
+            drop=_ignore if self.house is None else self.house.drop,
+            move=_ignore if self.house is None else self.house.move,
+            stop=self.stopper.cancel,
+            restart=self._replace_processes,
+        )
+        self._exits: dict[int, str] = {}  # pid -> how a pool child ended
+        self._gone_since: dict[str, float] = {}  # slot whose process is gone, nobody said how yet
         self._due = 0.0
         self._is_known = False
         self._rejoined = store.n_rejoined
@@ -83,23 +101,54 @@ class Agent:
         left = []
         for name in self.store.link.call("SMEMBERS", self.store.keys.of("node_slots", self.node)):
             slot = name.decode()
-            if self._runs(slot):
+            if (
+                self._runs(slot)
+                or self.stopper.buries(process_of(slot))
+                or (death := self._death(slot)) is None
+            ):
                 left.append(slot)
                 continue
-            is_death = not (self.is_stopping or self.is_told_to_leave or self._field("slots") == "0")
-            given_up = give_up_slot(self.store, slot, self.node, is_death=is_death)
+            given_up = give_up_slot(self.store, slot, self.node, death=death)
+            self._gone_since.pop(slot, None)
             log.warning("slot %s ended in the middle of %d tasks", slot, len(given_up.keys))
             if given_up.killed:
                 log.error("tasks that ended too many processes: %s", ", ".join(given_up.killed))
+        self.stopper.at_work = {process_of(slot) for slot in left}
         return left
+
+    def _death(self, slot: str) -> str | None:
+        """Return how the process of a slot ended; empty if it was to end, None if that will be known soon."""
+        if self.is_stopping or self.is_told_to_leave or self._field("slots") == "0":
+            return ""
+        if os.getppid() != self.parent:
+            return "its worker ended"
+        pid = int(process_of(slot).partition("-")[0])
+        since = self._gone_since.setdefault(slot, time.monotonic())
+        if pid not in self._exits and self.news["pool"] == "prefork" and time.monotonic() - since < EXIT_S:
+            return None
+        return self._exits.pop(pid, "its process was gone")
+
+    def _note_exit(self, pid: int, code: int) -> None:
+        self._exits[pid] = _name_of_exit(code)
+        while len(self._exits) > MANY_EXITS:  # of those that ran no slot, or gave up theirs in good order
+            del self._exits[next(iter(self._exits))]
+
+    def _replace_processes(self, token: str) -> None:
+        self.stopper.replace_processes(give_back=True)
+        self.store.heartbeat(self.node, replaced=token)
 
     def run(self) -> None:
         """Work until the worker is gone, then until its slots are."""
         if self.house is not None:
             self.house.start()
+        if self.stopper.control:
+            self.stopper.start()
+        self.mailbox.start()
         try:
             self._run()
         finally:
+            self.mailbox.close()
+            self.stopper.close()
             if self.house is not None:
                 self.house.close()
 
@@ -108,6 +157,7 @@ class Agent:
         while True:
             try:
                 now = time.monotonic()
+                self.store.check_generation()
                 if self._is_leaving and self._sign_off():
                     return
                 self._renew_when_due()
@@ -119,6 +169,7 @@ class Agent:
                 log.warning("the namespace was reset; node %s joins the new one", self.node)
                 self._due = 0.0
                 self._rejoin()
+                continue  # at once: whoever asked for a restart waits for the node
             except CeleryMemError as error:
                 log.warning("node %s: %s", self.node, error)
                 if self._is_leaving and time.monotonic() - in_touch > self.store.settings.node_lease:
@@ -162,9 +213,12 @@ class Agent:
 
     def _rejoin(self) -> None:
         try:
+            if self.store.why_restarted():
+                self.stopper.replace_processes(give_back=False)
             self.store.rejoin()
         except CeleryMemError as error:
             log.warning("node %s: %s", self.node, error)
+            time.sleep(RETRY_S)
             return
         if self.house is not None:
             self.house.begin_anew(self.store.generation)
@@ -174,9 +228,17 @@ class Agent:
         return None if value is None else str(value.decode())
 
 
-def process_of(slot: str) -> str:
-    """Return the identity of a slot's process: slots are called `<node>|<identity>.<n>`."""
-    return slot.rpartition("|")[2].partition(".")[0]
+def _ignore(*_: Any) -> None:
+    """Without node memory there is nothing to drop or to move."""
+
+
+def _name_of_exit(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 def main() -> None:
@@ -194,11 +256,15 @@ def main() -> None:
         reply_timeout=min(settings.reply_timeout, max(RETRY_S, settings.node_lease / 3)),
     )
     folder = NodeFolder.open(told["news"]["dir"]) if told["news"].get("dir") else None
+    control = told["news"].get("control", "")
     try:
         _serve(node, parent, settings, told["news"], folder)
     finally:
-        if folder is not None and (os.getppid() != parent or signal.SIGUSR1 in _signalled):
-            folder.destroy()
+        if os.getppid() != parent or signal.SIGUSR1 in _signalled:
+            if folder is not None:
+                folder.destroy()
+            elif control:
+                remove_control(control)
 
 
 _signalled: set[int] = set()

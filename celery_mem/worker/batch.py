@@ -66,6 +66,18 @@ class Batch:
             if keep is not None:
                 self._reports.kept.append(keep)
 
+    def discard(self, attempt: str) -> bool:
+        """Drop an attempt that has not begun and is void; returns whether it was here."""
+        with self._lock:
+            kept = [task for task in self._waiting if task.attempt != attempt]
+            was_here = len(kept) < len(self._waiting)
+            self._waiting = deque(kept)
+            return was_here
+
+    def has_begun(self, attempt: str) -> bool:
+        """Tell whether an attempt runs here now."""
+        return attempt in self._running
+
     def give_up(self, task: Taken) -> None:
         """Hand back a task that was broken off."""
         with self._lock:
@@ -100,10 +112,6 @@ class Batch:
             mine.back[:0] = reports.back
             mine.missing[:0] = reports.missing
             mine.kept[:0] = reports.kept
-
-    def is_running(self, task: Taken) -> bool:
-        """Tell whether this attempt runs here now."""
-        return task.attempt in self._running
 
     @property
     def is_empty(self) -> bool:

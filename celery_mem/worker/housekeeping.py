@@ -20,7 +20,6 @@ from celery_mem.memory.roots import AGENT_SOCKET
 from celery_mem.memory.serialize import Frames
 from celery_mem.state.store import DURABLE, Store
 from celery_mem.worker.keeper import MemoryKeeper
-from celery_mem.worker.mailbox import Mailbox
 from celery_mem.worker.memory import save
 from celery_mem.worker.replicas import Replicas
 
@@ -66,20 +65,17 @@ class Housekeeper:
             folder=folder,
             durable=self._durable,
         )
-        self.mailbox = Mailbox(node, store, self.drop, self._move)
         self._processes: set[str] = set()
         self._check_at = 0.0  # a new agent does not know what happened before it came
         self._sweep_at = time.monotonic() + YOUNG_S
         self._listener: Listener | None = None
 
     def start(self) -> None:
-        """Be there for the processes of this host, and read the mailbox."""
+        """Be there for the processes of this host."""
         self._listener = Listener(self.folder.path, AGENT_SOCKET, lambda _: None).start()
-        self.mailbox.start()
 
     def close(self) -> None:
         """End what `start` began."""
-        self.mailbox.close()
         if self._listener is not None:
             self._listener.close()
         self._reader.close()
@@ -154,9 +150,7 @@ class Housekeeper:
         if unique:
             log.info("saved %d of %d results that only node %s had", saved, len(unique), self.node)
 
-    # --- inside ---
-
-    def _move(self, verb: str, fields: list[str]) -> None:
+    def move(self, verb: str, fields: list[str]) -> None:
         """Carry out a message of the mailbox; see `Store.mail`."""
         if verb == "p":
             token, reply, key = fields
@@ -170,6 +164,8 @@ class Housekeeper:
             self._keep(self._durable, *fields)
         else:
             self._save(*fields)
+
+    # --- inside ---
 
     def _fetch(self, token: str, key: str) -> None:
         sources = find_sources(self._moves, key)

@@ -1,4 +1,4 @@
-"""What a node's agent is asked to do: it drops what was freed at once, and moves data in a thread beside."""
+"""What a node's agent is asked to do: at once what takes no time, and what moves data in threads beside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 
 from celery_mem.errors import CeleryMemError
-from celery_mem.state.letters import FIELDS
+from celery_mem.state.letters import MOVES, RESTART, STOP
 from celery_mem.state.link import Link
 from celery_mem.state.store import Store
 
@@ -33,12 +33,25 @@ class Mailbox:
         store: whose settings say where Redis is.
         drop: drops copies by their tokens.
         move: see `Mover`; called in two threads of its own.
+        stop: gets slot, attempt and key of what is to be stopped once it is void.
+        restart: gets the token of a request to replace the processes of the node.
     """
 
-    def __init__(self, node: str, store: Store, drop: Callable[[list[str]], None], move: Mover) -> None:
+    def __init__(
+        self,
+        node: str,
+        store: Store,
+        *,
+        drop: Callable[[list[str]], None],
+        move: Mover,
+        stop: Callable[[str, str, str], None],
+        restart: Callable[[str], None],
+    ) -> None:
         self.name = store.keys.of("mail", node)
         self.drop = drop
         self.move = move
+        self.stop = stop
+        self.restart = restart
         self._link = Link.connect(store.settings, blocking=True)
         self._moves: queue.SimpleQueue[tuple[str, list[str]] | None] = queue.SimpleQueue()
         self._closed = False
@@ -74,8 +87,13 @@ class Mailbox:
             verb, _, rest = message.decode().partition(" ")
             if verb == "d":
                 tokens += rest.split(" ")
-            elif verb in FIELDS:
-                self._moves.put((verb, rest.split(" ", FIELDS[verb] - 1)))
+            elif verb in MOVES:
+                self._moves.put((verb, rest.split(" ", MOVES[verb] - 1)))
+            elif verb == STOP:
+                slot, attempt, key = rest.split(" ", 2)
+                self.stop(slot, attempt, key)
+            elif verb == RESTART:
+                self.restart(rest)
             else:
                 log.warning("a message that nobody here understands: %r", message[:80])
         if tokens:

@@ -28,7 +28,8 @@ from celery_mem.state.keys import NODE
 from celery_mem.state.store import Store, node_news
 from celery_mem.worker import children
 from celery_mem.worker.agent import AGENT_SIGNALS
-from celery_mem.worker.tickets import close_memory
+from celery_mem.worker.control import Control, make_control, report_exits
+from celery_mem.worker.tickets import close_interrupts, close_memory
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -38,6 +39,8 @@ POOLS = {
     "celery.concurrency.solo": "solo",
 }
 AGENT_CHECK_S = 2.0
+CHILDREN_S = 0.25
+"""A pool child that was killed is replaced within this time."""
 ANNOUNCE_S = 2.0
 """How long the worker itself tries to tell Redis of its begin or end. Its signals have to wait meanwhile."""
 LEAVE_S = 5.0
@@ -64,6 +67,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         # Before the pool forks: its children find the folder in the app.
         self.folder = self._make_folder(parent.hostname) if self.settings.node_memory else None
         parent.app.mem_folder = "" if self.folder is None else self.folder.path
+        self.control = Control(make_control(self.folder), self.pool)
+        parent.app.mem_control = self.control
         if self.pool == "prefork":
             children.limit_memory(parent, self.limit // self.slots)
         elif self.slots > 1:
@@ -80,6 +85,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             pool=self.pool,
             hostname=parent.hostname.partition("@")[2],
             dir=parent.app.mem_folder,
+            control=self.control.folder,
             limit=str(self.limit),
             resources=self.resources,
             status="running",
@@ -90,6 +96,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             Queue(self.own_queue, Exchange(""), self.own_queue, durable=False, auto_delete=True)
         )
         self._keep_agent(parent.hostname)
+        if self.pool == "prefork":
+            report_exits(parent.pool._pool, self.control.folder)
+            # Celery's own look comes every five seconds.
+            parent.timer.call_repeatedly(CHILDREN_S, parent.pool._pool.maintain_pool)
         parent.timer.call_repeatedly(AGENT_CHECK_S, self._keep_agent, (parent.hostname,))
         atexit.register(self._leave, os.getpid())
         try:
@@ -155,6 +165,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         if os.getpid() != pid:
             return
         close_memory()  # of a pool whose slots are threads of this process
+        close_interrupts()
         self.news = {}
         if self.agent is not None and self.agent.poll() is None:
             self.agent.send_signal(signal.SIGUSR1)

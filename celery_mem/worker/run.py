@@ -21,8 +21,10 @@ from celery_mem.errors import (
     SerializationError,
     StoreFullError,
     TaskExitError,
+    TaskInterrupt,
+    TaskTimeoutError,
 )
-from celery_mem.graph.calls import decode_call, decode_function
+from celery_mem.graph.calls import decode_call, decode_function, timeout_of
 from celery_mem.graph.errors import encode_error
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
@@ -30,6 +32,7 @@ from celery_mem.memory.serialize import dumps
 from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
 from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, StoredInputs
+from celery_mem.worker.interrupts import TIMEOUT, Interrupts
 from celery_mem.worker.memory import ProcessMemory, token_suffix
 
 KEPT_FUNCTIONS = 1000
@@ -56,10 +59,22 @@ class TaskRunner:
         store: where functions, inputs and results are.
         settings: limits.
         memory: of this process; None if all results go through Redis.
+        slot: its name.
+        interrupts: told of each call; None where tasks cannot be ended.
     """
 
-    def __init__(self, store: Store, settings: Settings, memory: ProcessMemory | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        memory: ProcessMemory | None = None,
+        *,
+        slot: str = "",
+        interrupts: Interrupts | None = None,
+    ) -> None:
         self.store = store
+        self.slot = slot
+        self.interrupts = interrupts
         self.settings = settings
         self.inputs: Inputs = StoredInputs(store, settings) if memory is None else NodeInputs(store, memory)
         self.memory = memory
@@ -78,11 +93,13 @@ class TaskRunner:
         try:
             func = self._function(task.function)
             started = time.perf_counter()
-            args, kwargs = self._arguments(task)
+            timeout, args, kwargs = self._arguments(task)
             try:
-                result = [_call(func, args, kwargs)]
+                result = [self._call(task, timeout, func, args, kwargs)]
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
                 outcome = _failure(task, error)
+            except TaskInterrupt as error:
+                outcome = _failure(task, self._named(task, timeout, error))
             else:
                 del args, kwargs  # an input may be part of the result, which is to be nobody else's
                 outcome, keep = self._store_result(task, result)
@@ -93,6 +110,30 @@ class TaskRunner:
         except BaseException as error:
             outcome = _failure(task, error)
         return Report(outcome, time.perf_counter() - started, keep)
+
+    def _call(
+        self,
+        task: Taken,
+        timeout: float | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self.interrupts is None:
+            return call_task(func, args, kwargs)
+        try:
+            self.interrupts.enter(task, self.slot, timeout)
+            return call_task(func, args, kwargs)
+        finally:
+            self.interrupts.leave(task)
+
+    def _named(self, task: Taken, timeout: float | None, error: TaskInterrupt) -> BaseException:
+        """Return the error of a task that was ended; nobody will hear of one that was cancelled."""
+        if timeout is None or error.reason != TIMEOUT:
+            return error
+        named = TaskTimeoutError(task.key, timeout, self.slot.rpartition("|")[0])
+        named.__cause__, named.__traceback__ = error, error.__traceback__
+        return named
 
     def _function(self, name: str) -> Callable[..., Any]:
         func = self._functions.get(name)
@@ -106,7 +147,8 @@ class TaskRunner:
             self._functions[name] = func
         return func
 
-    def _arguments(self, task: Taken) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, task: Taken) -> tuple[float | None, tuple[Any, ...], dict[str, Any]]:
+        """Return the time limit of a call, and its arguments."""
         payload = task.payload
         if task.payload_blob:
             name = self.store.keys.blob(task.payload_blob, task.key)
@@ -114,7 +156,8 @@ class TaskRunner:
             if found is None:
                 raise DataLostError(key_of(task.key), "the blob with its arguments is gone")
             payload = found[0]
-        return decode_call(payload, [i.key for i in task.inputs], self.inputs.read(task.inputs))
+        timeout, payload = timeout_of(payload)
+        return timeout, *decode_call(payload, [i.key for i in task.inputs], self.inputs.read(task.inputs))
 
     def _store_result(self, task: Taken, box: list[Any]) -> tuple[Done, Any]:
         """Put a result where it belongs; returns its report, and the result if that must live on meanwhile.
@@ -163,7 +206,8 @@ class TaskRunner:
             delay = min(delay * 2, 2.0)
 
 
-def _call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_task(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a task's function, and run what it returns if that is a coroutine."""
     result = func(*args, **kwargs)
     return _run_coroutine(result) if inspect.iscoroutine(result) else result
 
@@ -205,7 +249,7 @@ def _failure(task: Taken, error: BaseException) -> Failed:
 
 
 def _own_frames(error: BaseException) -> int:
-    """Count the frames at the top that are this file's: `run`, and `_call` if the task itself raised."""
+    """Count the frames at the top that are this file's: down to `call_task` if the task itself raised."""
     tb, n = error.__traceback__, 0
     while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
         tb, n = tb.tb_next, n + 1

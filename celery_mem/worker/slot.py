@@ -25,6 +25,7 @@ from celery_mem.state.link import Link
 from celery_mem.state.records import read_recipe
 from celery_mem.state.store import Done, Store, Taken, Tickets
 from celery_mem.worker.batch import Batch, Reports
+from celery_mem.worker.interrupts import Interrupts
 from celery_mem.worker.memory import ProcessMemory
 from celery_mem.worker.run import TaskRunner
 from celery_mem.worker.turns import Driver, Turns
@@ -54,6 +55,7 @@ class Slot:
         node: name of the Celery worker.
         send_tickets: sends tickets that a step asked for; returns whether the broker took them.
         memory: node memory of this process; None if all results go through Redis.
+        interrupts: of this process; None where tasks cannot be ended.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Slot:
         settings: Settings,
         send_tickets: Callable[[Tickets], bool],
         memory: ProcessMemory | None = None,
+        interrupts: Interrupts | None = None,
     ) -> None:
         self.name = name
         self.node = node
@@ -70,12 +73,13 @@ class Slot:
         self.send_tickets = send_tickets
         self.store = Store.connect(settings)
         self.memory = memory
-        self.runner = TaskRunner(self.store, settings, memory)
+        self.interrupts = interrupts
+        self.runner = TaskRunner(self.store, settings, memory, slot=name, interrupts=interrupts)
         self.seconds_per_task = settings.batch_target
         self.bytes_per_task = 0.0
         self._told_pace_s = 0.0
         self._wake = Link.connect(settings, blocking=True)
-        self._batch = Batch()
+        self.batch = Batch()
         self._turns = Turns()
         # Held from taking reports out of the batch until Redis has them: so at any step this slot owns what
         # runs now and what the step names, nothing else.
@@ -99,15 +103,23 @@ class Slot:
         self._at_work.acquire()
         self._turns.take(driver)
         try:
+            if self.interrupts is not None and self.interrupts.is_outdated:
+                self._step("iq", 0, ticket)  # another process takes the place of this one, and the work
+                return 0
             return self._run_slice(driver, ticket)
         except (WorkerShutdown, WorkerTerminate):
-            self._batch.give_up_all()  # this process is about to end: what it has must go back now
+            self.batch.give_up_all()  # this process is about to end: what it has must go back now
             self._step("iq", 0)
             raise
         finally:
             self._turns.give(driver)
             self._at_work.release()
             here.reset(token)
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether a ticket runs."""
+        return self._at_work.locked()
 
     def confirm_at_home(self) -> None:
         """If another server took over while this slot runs no ticket, see that it owns nothing there."""
@@ -119,7 +131,7 @@ class Slot:
             self.store.link.call("PING")  # on a new connection, if the old one broke
             self.store.follow()
             if self.is_in_doubt:
-                self._batch.begin(self._step("", 1))
+                self.batch.begin(self._step("", 1))
                 self._step("iq", 0)
         finally:
             self._at_work.release()
@@ -159,9 +171,9 @@ class Slot:
             mode: see scripts/step.lua.
         """
         with self._reporting:
-            taken = self._send(mode, want, self._batch.drain(), ticket)
+            taken = self._send(mode, want, self.batch.drain(), ticket)
         # After a lost reply Redis names all that this slot owns.
-        return [t for t in taken if not self._batch.is_running(t)]
+        return [t for t in taken if not self.batch.has_begun(t.attempt)]
 
     def _send(self, mode: str, want: int, reports: Reports, ticket: str = "") -> list[Taken]:
         if self.memory is not None:
@@ -183,7 +195,7 @@ class Slot:
                 pace_ms=None if pace_s is None else pace_s * 1000,
             )
         except BaseException:
-            self._batch.restore(reports)  # repeated by the next step, which does no harm
+            self.batch.restore(reports)  # repeated by the next step, which does no harm
             raise
         if want > 0:
             self._confirmed = self.store.n_rejoined  # with "r" from the start, or since it was repeated
@@ -239,7 +251,7 @@ class Slot:
 
     def _run(self, driver: Driver, taken: list[Taken]) -> int:
         """Run tasks one after the other, until none is left or the driver is to end; returns how many ran."""
-        batch, ran = self._batch, 0
+        batch, ran = self.batch, 0
         live = None if self.memory is None else self.memory.live
         batch.begin(taken)
         self._may_trim = True
@@ -277,11 +289,11 @@ class Slot:
     def _watch_forever(self) -> None:
         limit = LONG * self.settings.batch_target
         while not self._closed:
-            self._batch.has_several.wait()
+            self.batch.has_several.wait()
             time.sleep(limit / 2)
             try:
                 with self._reporting:
-                    reports = self._batch.drain_if_held_up(limit)
+                    reports = self.batch.drain_if_held_up(limit)
                     if reports is not None:
                         self._send("", 0, reports)
             except Exception as error:
@@ -303,7 +315,7 @@ class Slot:
                 driver.helper = self._start_helper().stop
                 self._turns.give(driver)
         try:
-            return wait(timeout)
+            return wait(timeout) if self.interrupts is None else self.interrupts.wait(wait, timeout)
         finally:
             with driver.lock:
                 driver.waiting -= 1
@@ -339,7 +351,7 @@ class Slot:
     def _help_once(self, driver: Driver, pause: float) -> float:
         """Run what is ready; if there is nothing, or before a long task, see if the waiting one can go on."""
         want = self._want()
-        if want == 1 and not self._batch.is_empty:
+        if want == 1 and not self.batch.is_empty:
             self._step("", 0)
             if not self._sleep(driver, NOTICE_S):
                 return pause
@@ -373,7 +385,7 @@ class Slot:
             time.sleep(RETRY_PAUSE_S)
         while True:
             try:
-                self._batch.begin(self._step("r", 1))  # also what a lost reply gave
+                self.batch.begin(self._step("r", 1))  # also what a lost reply gave
                 self._step("iq", 0)
                 break
             except NamespaceResetError:
@@ -386,7 +398,7 @@ class Slot:
     def close(self) -> None:
         """Disconnect; the watcher ends."""
         self._closed = True
-        self._batch.has_several.set()
+        self.batch.has_several.set()
         self._wake.close()
         self.runner.inputs.close()
         self.store.link.close()

@@ -21,6 +21,7 @@ from celery_mem.memory.process import own_identity
 if TYPE_CHECKING:
     from celery import Celery
 
+    from celery_mem.worker.interrupts import Interrupts
     from celery_mem.worker.memory import ProcessMemory
     from celery_mem.worker.slot import Slot
     from celery_mem.worker.turns import Driver
@@ -30,6 +31,7 @@ log = logging.getLogger("celery_mem.worker")
 _local = threading.local()
 _numbers = itertools.count(1)
 _memory: tuple[int, ProcessMemory | None] | None = None  # pid, and the memory that its slots share
+_interrupts: tuple[int, Interrupts | None] | None = None  # as _memory
 _memory_lock = threading.Lock()
 
 
@@ -63,7 +65,10 @@ def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
         inside.worker = Host(app, settings, node)
         name = f"{node}|{own_identity()}.{next(_numbers)}"
         memory = _memory_here(app, settings, node)
-        slot = Slot(name, node, settings, lambda tickets: send_tickets(app, tickets), memory)
+        interrupts = _interrupts_here(app, settings, node)
+        slot = Slot(name, node, settings, lambda tickets: send_tickets(app, tickets), memory, interrupts)
+        if interrupts is not None:
+            interrupts.slot = slot
         _local.slot, _local.pid = slot, os.getpid()
         attend(slot)
     return slot
@@ -79,6 +84,38 @@ def _memory_here(app: Celery, settings: Settings, node: str) -> ProcessMemory | 
             if memory is not None:
                 signals.worker_process_shutdown.connect(close_memory, weak=False)
         return _memory[1]
+
+
+def _interrupts_here(app: Celery, settings: Settings, node: str) -> Interrupts | None:
+    """Return what ends tasks of this process, made by the first of its slots."""
+    global _interrupts
+    with _memory_lock:
+        if _interrupts is None or _interrupts[0] != os.getpid():
+            from celery_mem.worker.control import control_of
+            from celery_mem.worker.interrupts import Interrupts
+            from celery_mem.worker.run import call_task
+
+            control = control_of(app, settings, node)
+            found = None
+            if control.folder:
+                found = Interrupts(control.folder, call_task.__code__, by_signal=control.pool == "prefork")
+                signals.worker_process_shutdown.connect(close_interrupts, weak=False)
+            _interrupts = (os.getpid(), found)
+        return _interrupts[1]
+
+
+def close_interrupts(**_: Any) -> None:
+    """Listen to the agent no more: this process ends in good order."""
+    global _interrupts
+    found, _interrupts = _interrupts, None
+    if found is not None and found[0] == os.getpid() and found[1] is not None:
+        found[1].close()
+
+
+def is_outdated() -> bool:
+    """Whether another process is to take the place of this one."""
+    found = _interrupts
+    return found is not None and found[0] == os.getpid() and found[1] is not None and found[1].is_outdated
 
 
 def _make_memory(app: Celery, settings: Settings, node: str) -> ProcessMemory | None:

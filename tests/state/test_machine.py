@@ -54,14 +54,14 @@ from celery_mem.state.model import (
     Model,
     Task,
 )
-from celery_mem.state.records import read_given, read_result
+from celery_mem.state.records import read_deaths, read_given, read_result
 from celery_mem.state.store import DURABLE, REDIS, Store, birth_of
 from tests.conftest import NOW_MS, delete_namespace, fake_link
 
 EFFORT = int(os.environ.get("CELERY_MEM_TEST_EFFORT", "1"))  # 1 takes half a minute; more finds more
 ENOUGH = 100_000  # a budget that no call here spends
 CLIENTS = ("alice", "bob")
-SLOTS = {"s1": "a@one", "s2": "b@two", "s3": "b@two"}  # slot -> its node
+SLOTS = {"a@one|1.1": "a@one", "b@two|2.1": "b@two", "b@two|3.1": "b@two"}  # slot -> its node
 NODES = {"a@one": {}, "b@two": {"GPU": 1, "TPU": 2}, "c@two": {}}  # node -> its resources
 PLACES = [REDIS, DURABLE, *NODES]
 CONSTRAINTS = [
@@ -336,7 +336,7 @@ class Twins:
 
     def abandon_slot(self, slot: str) -> None:
         self.idle.discard(slot)
-        keys, killed, _ = self.store.abandon_slot(slot, SLOTS[slot], b"killed")
+        keys, killed, _ = give_up(self.store, slot)
         expected = self.model.abandon_slot(slot, self.store.settings.allowed_failures, b"killed")
         assert (sorted(keys), sorted(killed)) == tuple(map(sorted, expected))
         self.compare()
@@ -627,7 +627,7 @@ def snapshot(store: Store, contents: Contents | None = None) -> dict[str, Any]:
             "priority": row.priority,
             "rank": row.rank,
             "retries": int(retries or 0),
-            "deaths": int(deaths or 0),
+            "deaths": len(read_deaths(deaths)),
             "waiting": row.waiting,
             "needed": row.needed,
             "attempt": int(row.attempt or 0),
@@ -672,6 +672,16 @@ def take_failures(store: Store) -> list[tuple[str, str]]:
     found = store.log_failures()
     assert store.log_failures(logged=len(found)) == []
     return sorted({(key, blame) for key, blame, _ in found})
+
+
+def give_up(store: Store, slot: str) -> tuple[list[str], list[str], scripts.Tickets]:
+    """Give up a slot that is gone, as graph/killed.py does: tasks that went over the limit err."""
+    owned = [key.decode() for key in store.link.call("HKEYS", store.keys.of("slot", slot))]
+    deaths = [
+        read_deaths(store.link.call("HGET", store.keys.of("task", key), TASK["deaths"])) for key in owned
+    ]
+    over = [key for key, n in zip(owned, deaths, strict=True) if len(n) >= store.settings.allowed_failures]
+    return store.abandon_slot(slot, SLOTS[slot], "it ended", dict.fromkeys(over, b"killed"))
 
 
 def take_mail(store: Store) -> list[tuple[str, str]]:
@@ -1179,7 +1189,7 @@ class LazyMachine(RuleBasedStateMachine):
     @rule(node=A_NODE)
     def leave_node(self, node: str) -> None:
         for slot in self.store.leave_node(node, most=2).slots:
-            self.store.abandon_slot(slot, node, b"killed")
+            give_up(self.store, slot)
         self.store.leave_node(node, most=2)
 
     @rule(node=A_NODE)
@@ -1192,7 +1202,7 @@ class LazyMachine(RuleBasedStateMachine):
 
     @rule(slot=A_SLOT)
     def abandon_slot(self, slot: str) -> None:
-        self.store.abandon_slot(slot, SLOTS[slot], b"killed")
+        give_up(self.store, slot)
 
     @rule(most=st.sampled_from([1, 3, 50]))
     def sweep(self, most: int) -> None:
@@ -1281,14 +1291,14 @@ def a_task(key: str, *deps: str, **fields: Any) -> Task:
 
 def fail(twins: Twins, key: str) -> None:
     """Let the next ready task, which must be `key`, fail."""
-    assert twins.take("s1", 1) == [key]
-    twins.step("s1", failed=[Failed(key, twins.claims[-1][2], b"error", retryable=False)])
+    assert twins.take("a@one|1.1", 1) == [key]
+    twins.step("a@one|1.1", failed=[Failed(key, twins.claims[-1][2], b"error", retryable=False)])
 
 
 def run(twins: Twins, key: str) -> None:
     """Let the next ready task, which must be `key`, succeed."""
-    assert twins.take("s1", 1) == [key]
-    twins.step("s1", done=[Done(key, twins.claims[-1][2], Data(1, "int", b"1"))])
+    assert twins.take("a@one|1.1", 1) == [key]
+    twins.step("a@one|1.1", done=[Done(key, twins.claims[-1][2], Data(1, "int", b"1"))])
 
 
 def test_put_tells_who_waited_for_the_key(twins):
@@ -1307,8 +1317,8 @@ def test_a_second_put_keeps_the_blob_of_the_first(twins):
 
 def test_a_repeated_completion_keeps_the_blob_that_it_brought(twins):
     twins.submit("alice", 1, 1, [a_task("k00")])
-    twins.take("s1", 1)
-    twins.step("s1", done=[Done("k00", 1, Data(9))], times=2)
+    twins.take("a@one|1.1", 1)
+    twins.step("a@one|1.1", done=[Done("k00", 1, Data(9))], times=2)
 
 
 def test_a_repeated_submission_keeps_the_payload_blob_that_it_brought(link):
@@ -1355,16 +1365,16 @@ def test_a_task_that_a_sweep_stops_raises_and_stops_again_leaves_the_queue(link,
 
 def test_the_blob_of_a_completion_that_a_put_forestalled_vanishes(twins):
     twins.submit("alice", 1, 1, [a_task("k00")])
-    twins.take("s1", 1)
+    twins.take("a@one|1.1", 1)
     twins.put("bob", 2, "k00", Data(1, "int", b"1"))
-    twins.step("s1", done=[Done("k00", 1, Data(9))])
+    twins.step("a@one|1.1", done=[Done("k00", 1, Data(9))])
 
 
 def test_a_second_result_of_one_attempt_vanishes(twins):
     twins.submit("alice", 1, 1, [a_task("k00")])
-    twins.take("s1", 1)
-    twins.step("s1", done=[Done("k00", 1, Data(1, "int", b"1"))])
-    twins.step("s1", done=[Done("k00", 1, Data(9))])
+    twins.take("a@one|1.1", 1)
+    twins.step("a@one|1.1", done=[Done("k00", 1, Data(1, "int", b"1"))])
+    twins.step("a@one|1.1", done=[Done("k00", 1, Data(9))])
 
 
 def test_force_goes_on_to_dependents_of_a_key_that_a_result_keeps(twins):
@@ -1433,29 +1443,29 @@ def test_without_nodes_tasks_without_a_constraint_are_unrunnable_too(twins):
 
 def test_nobody_steals_from_a_node_with_an_idle_slot(twins):
     twins.put("alice", 1, "d0", Data(9, place="b@two"))
-    for slot in ("s2", "s3"):
+    for slot in ("b@two|2.1", "b@two|3.1"):
         assert twins.take(slot, 1) == []
     twins.submit("alice", 2, 1, [a_task("k00", "d0")])
     assert len(twins.idle_slots()) == 1
-    assert twins.take("s1", 1) == []
+    assert twins.take("a@one|1.1", 1) == []
     twins.submit("alice", 3, 2, [a_task("k01", "d0")])
-    assert twins.idle_slots() == {"s1"}
-    assert twins.take("s1", 1) == ["k01"]
+    assert twins.idle_slots() == {"a@one|1.1"}
+    assert twins.take("a@one|1.1", 1) == ["k01"]
 
 
 def test_one_call_takes_one_task_that_uses_resources(twins):
     tasks = [a_task("k00", constraint=CONSTRAINTS[1]), a_task("k01", constraint=CONSTRAINTS[2])]
     twins.submit("alice", 1, 1, tasks)
-    assert twins.take("s1", 50) == []
-    assert twins.take("s2", 50) == ["k00"]
-    assert twins.take("s3", 50) == ["k01"]
+    assert twins.take("a@one|1.1", 50) == []
+    assert twins.take("b@two|2.1", 50) == ["k00"]
+    assert twins.take("b@two|3.1", 50) == ["k01"]
 
 
 def test_a_copy_on_a_node_that_was_given_up_does_not_count(twins):
     twins.submit("alice", 1, 1, [a_task("k00")])
     twins.leave_node("a@one")
-    twins.take("s1", 1)
-    twins.step("s1", [Done("k00", 1, Data(9, place="a@one"))])
+    twins.take("a@one|1.1", 1)
+    twins.step("a@one|1.1", [Done("k00", 1, Data(9, place="a@one"))])
     run(twins, "k00")
 
 
@@ -1538,8 +1548,8 @@ def test_given_inputs_come_in_their_places_among_the_others(twins):
     twins.put("alice", 3, "d2", Data(0, "int", b""))
     twins.submit("bob", 4, 1, [a_task("k00", "d0", "d1", "d2")])
     twins.release("alice", ["d0", "d1", "d2"])
-    twins.take("s1", 1)
-    taken = twins.store.step("s1", SLOTS["s1"], mode="r", want=1).taken
+    twins.take("a@one|1.1", 1)
+    taken = twins.store.step("a@one|1.1", SLOTS["a@one|1.1"], mode="r", want=1).taken
     assert [(i.key, i.kind, i.data) for i in taken[0].inputs] == [
         ("d0", "v", b"a\nb"),
         ("d1", "v", MEDIUM),
@@ -1614,8 +1624,8 @@ def test_a_result_on_a_node_is_durable_when_its_copy_is_there_and_not_before(twi
     twins.submit("alice", 1, 1, [a_task("k00", hold=False), a_task("k01", "k00", order=1)])
     twins.make_durable(["k01"])
     run(twins, "k00")
-    twins.take("s1", 1)
-    twins.step("s1", [Done("k01", twins.claims[-1][2], Data(9, place="a@one"))])
+    twins.take("a@one|1.1", 1)
+    twins.step("a@one|1.1", [Done("k01", twins.claims[-1][2], Data(9, place="a@one"))])
     token = read(twins.store).records["k01"].token
     assert read(twins.store).undurable == {"k01"}
     assert read(twins.store).records.keys() == {"k00", "k01"}
@@ -1630,8 +1640,8 @@ def test_a_durable_result_stays_while_others_need_it_as_their_lineage(twins):
     twins.submit("alice", 1, 1, [a_task("k00", hold=False), a_task("k01", "k00", order=1)])
     twins.make_durable(["k00"])
     run(twins, "k00")
-    twins.take("s1", 1)
-    twins.step("s1", [Done("k01", twins.claims[-1][2], Data(9, place="a@one"))])
+    twins.take("a@one|1.1", 1)
+    twins.step("a@one|1.1", [Done("k01", twins.claims[-1][2], Data(9, place="a@one"))])
     assert read(twins.store).records["k00"].state == MEMORY
     twins.leave_node("a@one")  # with the result: it is made again from the durable one
     twins.heartbeat("a@one", "running")
@@ -1726,8 +1736,8 @@ def test_a_durable_file_that_is_lost_is_written_again_under_its_name_and_not_del
 def test_what_is_not_wanted_any_more_is_not_made_durable(twins):
     twins.submit("alice", 1, 1, [a_task("k00"), a_task("k01", "k00", order=1)])
     twins.make_durable(["k00"])
-    twins.take("s1", 1)
-    twins.step("s1", [Done("k00", twins.claims[-1][2], Data(9, place="a@one"))])
+    twins.take("a@one|1.1", 1)
+    twins.step("a@one|1.1", [Done("k00", twins.claims[-1][2], Data(9, place="a@one"))])
     run(twins, "k01")
     assert read(twins.store).undurable == {"k00"}
     twins.release("alice", ["k00"])

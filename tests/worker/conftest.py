@@ -20,6 +20,7 @@ from celery_mem.state.audit import audit, read
 from celery_mem.state.store import Store, Tickets
 from celery_mem.worker.housekeeping import Housekeeper
 from celery_mem.worker.live import LiveResults
+from celery_mem.worker.mailbox import Mailbox
 from celery_mem.worker.memory import ProcessMemory
 from celery_mem.worker.slot import Slot
 from tests.conftest import delete_namespace
@@ -39,6 +40,9 @@ class Node:
         self.store = space.store.twin()
         self.store.settings = settings
         self.house = Housekeeper(name, os.getpid(), self.folder, self.store, 1 << 40)
+        self.mailbox = Mailbox(
+            name, self.store, drop=self.house.drop, move=self.house.move, stop=_not_here, restart=_not_here
+        )
         self.store.heartbeat(name, queue="queue", slots="1", dir=self.folder.path, status="running")
 
     @property
@@ -48,7 +52,7 @@ class Node:
 
     def read_mail(self) -> None:
         """Have the agent do what it was asked."""
-        while self.house.mailbox.read_once(0.01):
+        while self.mailbox.read_once(0.01):
             pass
 
     def is_empty(self) -> bool:
@@ -63,9 +67,14 @@ class Node:
     def close(self) -> None:
         self.live.close()
         self.memory.close()
+        self.mailbox.close()
         self.house.close()
         self.store.link.close()
         self.folder.destroy()
+
+
+def _not_here(*_: str) -> None:
+    raise AssertionError("these nodes have no agent that could stop anything")
 
 
 class Space:

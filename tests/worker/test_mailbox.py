@@ -19,6 +19,8 @@ class Desk:
     def __init__(self) -> None:
         self.dropped: list[str] = []
         self.moved: list[tuple[str, list[str]]] = []
+        self.stopped: list[tuple[str, str, str]] = []
+        self.restarts: list[str] = []
         self.door = threading.Event()
         self.door.set()
 
@@ -40,7 +42,14 @@ def desk() -> Desk:
 @pytest.fixture
 def mailbox(space: Space, desk: Desk) -> Iterator[Mailbox]:
     space.store.heartbeat("node", queue="queue", slots="1")
-    mailbox = Mailbox("node", space.store, desk.drop, desk.move)
+    mailbox = Mailbox(
+        "node",
+        space.store,
+        drop=desk.drop,
+        move=desk.move,
+        stop=lambda *stop: desk.stopped.append(stop),
+        restart=desk.restarts.append,
+    )
     yield mailbox
     desk.door.set()
     mailbox.close()
@@ -50,8 +59,11 @@ def mailbox(space: Space, desk: Desk) -> Iterator[Mailbox]:
 
 def test_messages_are_read_in_one_go(space: Space, desk: Desk, mailbox: Mailbox) -> None:
     assert space.store.mail("node", "d 1 2", "s 3 a key", "d 4", "nonsense", "p 5 list ('k', 1)", "f 6 99 x")
-    assert mailbox.read_once() == 6
+    assert space.store.mail("node", "x node|1-2.3 17 ('k', 1)", "r token")
+    assert mailbox.read_once() == 8
     assert desk.dropped == ["1", "2", "4"]
+    assert desk.stopped == [("node|1-2.3", "17", "('k', 1)")]
+    assert desk.restarts == ["token"]
     mailbox.start()
     wait_until(lambda: len(desk.moved) == 3, "the rest to be moved")
     assert sorted(desk.moved) == [

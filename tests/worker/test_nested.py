@@ -174,7 +174,7 @@ def wait_shortly(key: str) -> str:
 def test_a_wait_with_a_timeout_ends_in_time(space: Space, run_ticket: RunTicket) -> None:
     elsewhere = space.submit(inc, 1, key="elsewhere")
     other = space.slot()
-    other._batch.begin(other._step("", 1))  # which does not go on
+    other.batch.begin(other._step("", 1))  # which does not go on
     future = space.submit(wait_shortly, "elsewhere")
     run_ticket()
     assert future.result(timeout=10) == "gave up"
@@ -186,7 +186,7 @@ def test_a_wait_with_a_timeout_ends_in_time(space: Space, run_ticket: RunTicket)
 def test_a_waiting_slot_takes_up_what_becomes_ready_meanwhile(space: Space, run_ticket: RunTicket) -> None:
     first = space.submit(inc, 1, key="first")
     other = space.slot()
-    other._batch.begin(other._step("", 1))
+    other.batch.begin(other._step("", 1))
     second = space.submit(inc, first, key="second")
     future = space.submit(lambda: Client.current().future("second").result())
     ticket = space.in_thread(run_ticket)

@@ -288,7 +288,7 @@ def read_from_afar(space: Space, one: Node, two: Node) -> Any:
     slot = space.slot(two)
     # As from another host: the path leads nowhere there.
     space.store.link.call("HSET", space.store.keys.of("node", "one"), "dir", "/nowhere")
-    one.house.mailbox.start()
+    one.mailbox.start()
     seen = space.submit(total, made, key="seen")
     take_and_run(space, slot, "seen")
     assert seen.result(timeout=10) == 3 * N
@@ -312,7 +312,7 @@ def test_every_result_is_in_redis_too_if_that_is_wanted(space: Space) -> None:
     node = space.node(publish="always")
     made = space.submit(make, 3)
     space.slot(node, publish="always").run_ticket("1")
-    node.house.mailbox.start()
+    node.mailbox.start()
     wait_until(lambda: set(where(space, made).places) == {"node", "@redis"}, "it to be published")
 
 
@@ -479,7 +479,7 @@ def test_mail_that_asks_to_save_is_carried_out(space: Space) -> None:
     node.live.begin()
     made = space.submit(make, 3)
     space.slot(node).run_ticket("1")
-    node.house.mailbox.start()
+    node.mailbox.start()
     node.store.mail("node", f"s {where(space, made).token} {made.key}")
     wait_until(lambda: "@redis" in where(space, made).places, "the copy in Redis")
     assert node.live.written == 1  # the process that had it was asked to write it first

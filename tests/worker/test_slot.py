@@ -407,8 +407,8 @@ def test_what_a_slot_that_was_given_up_reports_changes_nothing(space: Space) -> 
     one, two = space.slot(), space.slot()
     thread = space.in_thread(lambda: one.run_ticket("1"))
     wait_until(lambda: "at slow" in ran, "the task to run")
-    space.store.abandon_slot(one.name, "node", b"")
-    two._batch.begin(two._step("", 1))  # taken by another slot, under another attempt
+    space.store.abandon_slot(one.name, "node", "", {})
+    two.batch.begin(two._step("", 1))  # taken by another slot, under another attempt
     door("slow").set()
     thread.join()
     assert read(space.store).records[future.key].state == "processing"

@@ -127,7 +127,7 @@ def test_a_task_that_kills_too_many_children_errs_and_is_named(
     deployment: Deployment, client: Client
 ) -> None:
     future = client.submit(tasks.die, (deployment.url, "poison"), 1000, key="the-poison")
-    with pytest.raises(KilledWorkerError, match="task the-poison ended its worker process 2 times"):
+    with pytest.raises(KilledWorkerError, match=r"the-poison \(die\) .* 2 times: on w0@.*: SIGKILL;"):
         future.result(timeout=60)
     assert deployment.runs() == {"poison": 2}
 

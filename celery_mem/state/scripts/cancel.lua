@@ -6,7 +6,8 @@
 --             7 reason          str   for the others' error text
 --             8 ...             keys
 -- RETURNS     {keys on which this client's hold was dropped, tickets to send}
--- INVARIANTS  without force, what another client holds stays, and with it its inputs
+-- INVARIANTS  without force, what another client holds stays, and with it its inputs; the agent of a slot that runs what
+--             may be wanted no more has a letter of it, and looks for itself when that is so
 -- COST        O(dependents of the keys)
 local client, force, reason = ARGV[5], ARGV[6] == '1', ARGV[7]
 relief()
@@ -29,6 +30,11 @@ while #stack > 0 do
       end
     end
     if force or r.holders == '' then
+      if r.state == 'processing' then
+        local slot = extra(r, F.owner)
+        local node = node_of_slot(slot)
+        if node_of(node) then write_to(node, 'x ' .. slot .. ' ' .. r.attempt .. ' ' .. key) end
+      end
       for _, name in ipairs(dependents_of(r)) do stack[#stack + 1] = name end
     end
     settle_later(key)

@@ -27,6 +27,9 @@ end
 
 local function all_nodes() return redis.call('ZRANGE', P .. K.nodes, 0, -1) end
 
+-- Slots are called <node>|<process>.<number>.
+local function node_of_slot(slot) return string.match(slot, '^(.*)|[^|]*$') or '' end
+
 local function slots_of(node) return redis.call('SMEMBERS', P .. K.node_slots .. node) end
 
 -- Constraints are JSON objects: `workers`, nodes or hosts, any if there are none; `resources`, name -> amount.
