@@ -189,6 +189,7 @@ class Client(DataMethods, LifetimeMethods):
         allow_other_workers: bool | None = None,
         resources: Resources = None,
         durable: bool = False,
+        timeout: float | None = None,
         **kwargs: Any,
     ) -> Future:
         """Run `func(*args, **kwargs)` on the cluster.
@@ -210,6 +211,10 @@ class Client(DataMethods, LifetimeMethods):
             resources: what it takes of its node while it runs, by name, such as `{"GPU": 1}`.
             durable: write the result to Redis, or under `mem_durable_url`, as soon as it is made. It then
                 outlives all workers, and how it was made is forgotten.
+            timeout: seconds that one run of the task may take. Then TaskInterrupt is raised inside it, and if
+                that does not end it within `mem_stop_grace`, its process is killed; its future raises
+                TaskTimeoutError, unless it has `retries` left. On the pools threads and solo the future
+                fails, and the task runs on. A function's own argument of this name goes by functools.partial.
         Raises:
             SerializationError: the function or an argument cannot be pickled.
             FutureCancelledError: an argument was cancelled.
@@ -225,8 +230,9 @@ class Client(DataMethods, LifetimeMethods):
             key = f"{function.name}-{token}"
         text = text_of(key)
         placing = Placing(workers, allow_other_workers, resources)
+        _check_timeout(timeout)
         with Submission(
-            self, priority=priority, retries=retries, placing=placing, durable=durable
+            self, priority=priority, retries=retries, placing=placing, durable=durable, timeout=timeout
         ) as submission:
             state, new = submission.refer(text)
             if new:
@@ -246,6 +252,7 @@ class Client(DataMethods, LifetimeMethods):
         allow_other_workers: bool | None = None,
         resources: Resources = None,
         durable: bool = False,
+        timeout: float | None = None,
         **kwargs: Any,
     ) -> list[Future]:
         """Run `func` on the items of the iterables, side by side, as the builtin `map` does.
@@ -253,7 +260,7 @@ class Client(DataMethods, LifetimeMethods):
         Args:
             key: a prefix for the keys, or one key per call.
             batch_size: ignored; tasks always go to Redis in chunks.
-            workers, allow_other_workers, resources, durable: of each task, as in `submit`.
+            workers, allow_other_workers, resources, durable, timeout: of each task, as in `submit`.
             kwargs: given to every call; large ones are stored once.
         Raises:
             TypeError: an argument is an iterator or a queue, whose end nobody knows.
@@ -269,6 +276,7 @@ class Client(DataMethods, LifetimeMethods):
         if not calls:
             return []
         placing = Placing(workers, allow_other_workers, resources)
+        _check_timeout(timeout)
         function = encode_function(func)
         kwargs = {name: self._shared(value) for name, value in kwargs.items()}
         prefix = key if isinstance(key, str) else function.name
@@ -283,7 +291,13 @@ class Client(DataMethods, LifetimeMethods):
             keys = (f"{prefix}-{self.fresh_token()}" for _ in calls)
         futures = []
         with Submission(
-            self, priority=priority, retries=retries, placing=placing, streams=True, durable=durable
+            self,
+            priority=priority,
+            retries=retries,
+            placing=placing,
+            streams=True,
+            durable=durable,
+            timeout=timeout,
         ) as submission:
             for args, k in zip(calls, keys, strict=True):
                 text = text_of(k)
@@ -697,8 +711,10 @@ class Client(DataMethods, LifetimeMethods):
     def cancel(self, futures: Any, *, force: bool = False, reason: str = "") -> None:
         """Cancel tasks, and those that depend on them, as far as no other client holds them.
 
-        Work that has not started does not start; the result of a running task is discarded. The futures here
-        are cancelled when this returns. Submitting again runs anew. A task that was submitted when a small
+        Work that has not started does not start. A task that runs is stopped: on the pool prefork by a
+        TaskInterrupt raised inside it, and if that does not end it within `mem_stop_grace`, with its process;
+        on other pools it runs on, and its result is discarded. The futures here are cancelled when this
+        returns. Submitting again runs anew. A task that was submitted when a small
         input was there already has that input in itself: to cancel the input leaves the task alone.
 
         Args:
@@ -769,6 +785,40 @@ class Client(DataMethods, LifetimeMethods):
             if self.cluster is not None:
                 self.cluster.check()
             time.sleep(0.05)
+
+    def restart(self, timeout: float = 30.0) -> None:
+        """Give up everything on the cluster: all tasks, results, datasets and names, of all clients.
+
+        Futures of everybody are cancelled, and say who did this. Processes of prefork pools that run tasks
+        are killed and replaced; one that runs another Celery task, or none, is replaced after its next. On
+        other pools tasks run on, and their results are discarded.
+
+        Args:
+            timeout: seconds to wait for the nodes that were there.
+        Raises:
+            TimeoutError: some did not come back in time; all else is done.
+        """
+        self.control.restart(timeout)
+
+    def restart_workers(
+        self, workers: Workers = None, timeout: float = 30.0, raise_for_error: bool = True
+    ) -> dict[str, str]:
+        """Replace the processes of nodes at once, and keep the state: what they ran runs again.
+
+        A process that runs another Celery task, or none, is replaced after its next. Results that only such a
+        process had are made again.
+
+        Args:
+            workers: names of nodes, or of hosts; None means all.
+            timeout: seconds to wait.
+            raise_for_error: False returns instead what became of each.
+        Returns:
+            by node: "OK", "timed out", or "removed" if it left meanwhile.
+        Raises:
+            UnsupportedPoolError: a node has no processes that could be replaced; nothing was done.
+            TimeoutError: some nodes did not do it in time.
+        """
+        return self.control.restart_workers(workers, timeout, raise_for_error)
 
     def _send_tickets(self, tickets: Tickets) -> None:
         if not tickets:
@@ -864,6 +914,11 @@ def _load_settings(app: Celery | None, **overrides: Any) -> Settings:
         return Settings.load(app, **overrides)
     settings: Settings = app.mem_settings()
     return settings.replace(**{name: value for name, value in overrides.items() if value is not None})
+
+
+def _check_timeout(timeout: Any) -> None:
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        raise ValueError(f"timeout: the seconds that the task may run, more than 0, not {timeout!r}")
 
 
 def _refuse(kwargs: Mapping[str, Any], method: str) -> None:

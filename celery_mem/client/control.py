@@ -9,17 +9,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from celery_mem.client.states import CANCELLED, seconds_left
-from celery_mem.errors import JobError, MissingKeyError, RedisUnavailableError
+from celery_mem.errors import JobError, MissingKeyError, RedisUnavailableError, UnsupportedPoolError
 from celery_mem.graph import collections as lowering
 from celery_mem.graph import inside
 from celery_mem.graph.constraints import Workers, select
 from celery_mem.graph.keys import Key, key_of, text_of
+from celery_mem.state.letters import replace_processes
 from celery_mem.state.link import Link
 from celery_mem.state.store import REDIS
 
 if TYPE_CHECKING:
     from celery_mem.client.client import Client
 
+LOOK_S = 0.02
 ANSWER_S = 5.0
 """So often a client that waits for a job makes sure that Redis still knows of it."""
 
@@ -94,6 +96,43 @@ class DataControl:
         self._session.check_open()
         self._session.flush()
         return self.texts(futures)
+
+    # --- restarts ---
+
+    def restart(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        nodes = self.nodes()
+        self._session.restart()
+        while missing := set(nodes).difference(self.infos()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"restart: all state is gone, but {', '.join(sorted(missing))} did not come back in "
+                    f"{timeout:g} s"
+                )
+            time.sleep(LOOK_S)
+
+    def restart_workers(self, workers: Workers, timeout: float, raise_for_error: bool) -> dict[str, str]:
+        deadline = time.monotonic() + timeout
+        infos = self.infos()
+        nodes = select(workers, infos)
+        for node in nodes:
+            if (pool := infos[node].get("pool")) != "prefork":
+                raise UnsupportedPoolError(
+                    f"restart_workers: the tasks of node {node} run in its own process (pool {pool}), "
+                    "which cannot be replaced; stop its worker and start it again"
+                )
+        token = f"r-{secrets.token_hex(6)}"
+        for node in nodes:
+            self._session.store.mail(node, replace_processes(token))
+        while True:
+            infos = self.infos()
+            waiting = [node for node in nodes if node in infos and infos[node].get("replaced") != token]
+            if not waiting or time.monotonic() > deadline:
+                break
+            time.sleep(LOOK_S)
+        if waiting and raise_for_error:
+            raise TimeoutError(f"restart_workers: no answer from {', '.join(waiting)} for {timeout:g} s")
+        return {n: "timed out" if n in waiting else "OK" if n in infos else "removed" for n in nodes}
 
     # --- jobs ---
 

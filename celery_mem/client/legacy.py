@@ -95,6 +95,11 @@ class Legacy:
         """Return the keys that were taken over and not let go."""
         return list(self._kept)
 
+    def forget(self) -> None:
+        """There is nothing any more that was taken over."""
+        self._before = []
+        self._kept = {}
+
     def let_go(self, texts: list[str]) -> None:
         """Hold keys that were taken over no longer than their futures live."""
         for text in texts:

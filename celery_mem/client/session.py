@@ -27,6 +27,7 @@ from celery_mem.errors import (
     ClosedClientError,
     NamespaceResetError,
     RedisUnavailableError,
+    RestartedError,
     StateError,
     UnknownClientError,
     raise_for_reply,
@@ -99,6 +100,8 @@ class Session:
         self.legacy = Legacy(self, name) if lease_s is not None else None
         self._renews_soon = False
         self._lost_because = ""  # why Redis lost track of this client, until both agree again
+        self._n_restarts = 0
+        self._why_restarted = ""
         _sessions.add(self)
         self._join()
         self.listener = Listener(self)
@@ -152,7 +155,7 @@ class Session:
     ) -> int:
         """Send chunks of tasks, each with the functions that they use; returns their rank."""
         with self.order:
-            self.outbox.flush()
+            self.flush_outbox()
             for tasks, functions in chunks:
                 self.check_open()
                 generation, tickets = self._guarded(
@@ -170,7 +173,7 @@ class Session:
 
         The caller holds `order` until then.
         """
-        self.outbox.flush()
+        self.flush_outbox()
         self.check_open()
         land = self.store.launch_submit(self.id, 0, tasks, functions, generation=generation)
 
@@ -186,7 +189,7 @@ class Session:
         """Send data to be held."""
         with self.order:
             self.check_open()
-            self.outbox.flush()
+            self.flush_outbox()
             self.bringing = {d.key for d in data}
             try:
                 self.send_tickets(self._guarded(lambda: self.store.put(self.id, epoch, data)))
@@ -197,7 +200,7 @@ class Session:
         """Hold existing keys; returns those that do not exist."""
         with self.order:
             self.check_open()
-            self.outbox.flush()
+            self.flush_outbox()
             unknown: list[str]
             unknown, tickets = self._guarded(lambda: self.store.hold(self.id, epoch, texts))
             self.send_tickets(tickets)
@@ -207,7 +210,7 @@ class Session:
         """Drop holds on keys and what depends on them; their futures here are cancelled when this returns."""
         with self.order:
             self.check_open()
-            self.outbox.flush()
+            self.flush_outbox()
             dropped, tickets = self._guarded(
                 lambda: self.store.cancel(self.id, texts, force=force, reason=reason)
             )
@@ -277,7 +280,7 @@ class Session:
         replies = []
         with self.order:
             self.check_open()
-            self.outbox.flush()
+            self.flush_outbox()
             for start in range(0, len(texts), RELEASE_CHUNK):
                 page = texts[start : start + RELEASE_CHUNK]
                 replies.append(self._guarded(lambda p=page: call(p)))  # type: ignore[misc]
@@ -294,11 +297,22 @@ class Session:
         if not self.outbox.is_empty:
             with self.order:
                 if not self.closed:
-                    self.outbox.flush()
+                    self.flush_outbox()
+
+    def flush_outbox(self) -> None:
+        """Send what waits, ahead of a call that the caller, who holds `order`, is about to send.
+
+        Raises:
+            RestartedError: the cluster was; what the call is about is cancelled.
+        """
+        before = self._n_restarts
+        self.outbox.flush()
+        if self._n_restarts != before:
+            raise RestartedError(self._why_restarted)
 
     def release(self, texts: Sequence[str]) -> None:
         """Drop holds. The caller holds `order` and knows that no future needs them."""
-        self.outbox.flush()
+        self.flush_outbox()
         self.send_tickets(self._guarded(lambda: self.store.release(self.id, texts)))
 
     def forget(self, states: Iterable[KeyState], reason: str) -> None:
@@ -364,14 +378,21 @@ class Session:
                 for i in range(0, len(fields), 2):
                     state = states.get(fields[i].decode())
                     if state is None:
-                        if not fields[i] and self.legacy is not None:
-                            self.legacy.hear(fields[i + 1])
+                        if not fields[i]:
+                            self._hear(fields[i + 1])
                         continue
                     epoch, _, rest = fields[i + 1].partition(b" ")
                     if int(epoch) == state.epoch and apply_notice(state, rest[0], rest[1:]):
                         if state.status == CANCELLED:
                             del states[state.text]
                         self.finish(state)
+
+    def _hear(self, notice: bytes) -> None:
+        """Take in a notice that is about no key. The caller holds `lock`."""
+        if notice.endswith(b" r"):
+            self.renew_soon()  # the cluster is restarted
+        elif self.legacy is not None:
+            self.legacy.hear(notice)
 
     def finish(self, state: KeyState) -> None:
         """Tell whoever waits that a key is final. The caller holds `lock`."""
@@ -396,7 +417,7 @@ class Session:
                 if self.order.acquire(timeout=max(0.0, due - time.monotonic())):
                     try:
                         if not self.closed:
-                            self.outbox.flush()
+                            self.flush_outbox()
                             self.releases.flush(RELEASES_AT_ONCE)
                     finally:
                         self.order.release()
@@ -453,6 +474,9 @@ class Session:
                 return  # another thread was here first
             elif self.store.rejoin():
                 self._lost_because = "another server took over, which lacks the last writes"
+            elif reason := self.store.why_restarted():
+                self._begin_anew(reason)
+                raise RestartedError(reason)
             else:
                 self._lost_because = "it was emptied or replaced"
             if not self._lost_because:
@@ -467,6 +491,33 @@ class Session:
             except BaseException:
                 self._renews_soon = True
                 raise
+
+    def restart(self) -> None:
+        """Give up all that anybody has in the namespace, and begin anew."""
+        with self.order:
+            self.check_open()
+            reason = f"the cluster was restarted by client {self.id}"
+            try:
+                self._guarded(lambda: self.store.restart(reason))
+            except RestartedError:
+                return  # by somebody else, at the same moment
+            self._begin_anew(reason)
+
+    def _begin_anew(self, reason: str) -> None:
+        """The namespace was restarted: cancel all futures, and join again. The caller holds `order`."""
+        self._n_restarts += 1
+        self._why_restarted = reason
+        self.known_functions.clear()
+        with self.lock:
+            self.listener.begin_anew()
+            states = list(self.states.values())
+            self.outbox.forget()
+            self.releases.forget()
+        if self.legacy is not None:
+            self.legacy.forget()
+        self.forget(states, reason)
+        self.store.hold_again(self.id, [], begin=True, lease_s=self.lease_s)
+        self._join()
 
     def _is_known(self) -> bool:
         try:
@@ -540,7 +591,7 @@ class Session:
             return
         self.store.link.retry_timeout = SIGN_OFF_S
         try:
-            self.outbox.flush()
+            self.flush_outbox()
             self.releases.flush()
         except (CeleryMemError, OSError) as error:
             log.warning("client %s closes, and could not tell what it let go: %s", self.id, error)

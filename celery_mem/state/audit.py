@@ -158,7 +158,7 @@ class Contents:
     idle: dict[str, float] = field(default_factory=dict)
     node_slots: dict[str, set[str]] = field(default_factory=dict)
     clients: dict[str, float] = field(default_factory=dict)
-    notices: set[str] = field(default_factory=set)
+    notices: dict[str, int] = field(default_factory=dict)  # with its time to live, ms
     names: dict[str, str] = field(default_factory=dict)  # name -> client
     heirs: dict[str, str] = field(default_factory=dict)  # client that lost its name -> client
     datasets: dict[str, str] = field(default_factory=dict)  # name -> holder
@@ -353,6 +353,7 @@ _READ_EACH: dict[str, tuple[str, str, tuple[Any, ...], _Decode]] = {
     "dependents": ("dependents", "HKEYS", (), _texts),
     "slot": ("owned", "HGETALL", (), _pairs),
     "blob": ("blobs", "PTTL", (), int),
+    "notices": ("notices", "PTTL", (), int),
     "held": ("held", *_MEMBERS),
     "node_slots": ("node_slots", *_MEMBERS),
     "node_keys": ("node_keys", *_MEMBERS),
@@ -362,7 +363,6 @@ _READ_EACH: dict[str, tuple[str, str, tuple[Any, ...], _Decode]] = {
 """Kinds with a Redis key for each name -> attribute of Contents, command, its further arguments, decoder."""
 
 _READ_NAMES = {
-    "notices": "notices",
     "function": "code",
     "wake": "wake",
     "node": "node_records",
@@ -596,7 +596,8 @@ def _check_holders(c: Contents) -> Iterator[Violation]:
     lasting = {"!", *c.datasets.values(), *c.heirs}
     for client in sorted((by_client.keys() | c.held.keys()) - c.clients.keys() - lasting):
         yield Violation("client lease", client, "holds without a lease")
-    for client in sorted(c.notices - c.clients.keys() - c.heirs.keys()):
+    lasting = {client for client, ttl in c.notices.items() if ttl == -1}  # others are word of a restart
+    for client in sorted(lasting - c.clients.keys() - c.heirs.keys()):
         yield Violation("client lease", client, "hears without a lease")
 
 

@@ -50,7 +50,10 @@ PREFIXES = {
     "mail": "mail:",  # list per node: what its agent is asked to do, see Store.mail
 }
 META = {
-    "generation": "gen",  # random id of the namespace's birth; after another server took over, ".<number>"
+    # random id of the namespace's birth; after another server took over, ".<number>"; after a restart "~<id>"
+    # until all that was there before is deleted
+    "generation": "gen",
+    "restarted": "restarted",  # why, if it was born by a restart
     "run": "run",  # run_id of the server process that the namespace met last
     "schema": "schema",
     "submissions": "submissions",  # counter: rank of the next submission
@@ -75,7 +78,7 @@ TASK = {
     "error": "e",  # pickled error, on the task that raised it
     "blame": "l",  # key of the task that raised the error
     "retries": "t",  # retries left
-    "deaths": "k",  # slots that died while they ran this task
+    "deaths": "k",  # lines: how slots died while they ran this task
     "copies": "m",  # number of nodes that are to have a copy of the result; absent means 1
     "copies_on": "mo",  # nodes of which each is to have a copy, joined by newlines
     "constraint": "z",  # canonical JSON: `workers` (nodes or hosts) and `resources` (name -> amount)
@@ -139,6 +142,8 @@ NODE = {
     "versions": "versions",
     "hostname": "hostname",
     "dir": "dir",  # path of the node's folder in shared memory
+    "control": "control",  # path of the folder of sockets of its processes
+    "replaced": "replaced",  # token of the last request to replace its processes that was carried out
     "memory": "memory",  # JSON: bytes of files, live results, spilled results, the pool, processes
     "limit": "limit",  # bytes of memory that it may use
     "resources": "resources",  # JSON: name -> amount that its tasks may use at a time

@@ -30,7 +30,7 @@ MANY_LOCALS = 183
 Above this, the own part of a script gets a function of its own, which may use 60 of the names before it
 and is a little slower.
 """
-BEFORE_JOINING = ("open", "new_run")
+BEFORE_JOINING = ("open", "new_run", "clear")
 """Scripts whose caller need not know the generation."""
 _FOLDER = files("celery_mem.state") / "scripts"
 

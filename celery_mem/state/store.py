@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from redis.exceptions import ResponseError
 
 from celery_mem.config import Settings
-from celery_mem.errors import NamespaceResetError, RedisUnavailableError
+from celery_mem.errors import NamespaceResetError, RedisUnavailableError, RestartingError
+from celery_mem.state.clearing import clear
 from celery_mem.state.keys import META, SCHEMA, TASK, Keys
 from celery_mem.state.link import Command, Link, Repeat
 from celery_mem.state.loader import load_script
@@ -19,6 +21,9 @@ from celery_mem.state.records import read_result, state_of
 MIN_REDIS = (6, 2)
 PAGE = 1000
 """Keys that one read asks for."""
+LOOK_S = 0.02
+HELP_AFTER_S = 0.5
+"""Whoever meets a restart that takes longer helps: who began it may be dead."""
 
 
 REDIS = "@redis"
@@ -277,6 +282,33 @@ class Store:
         """Take over the generation if another server took over; returns whether the namespace is the same."""
         found = self.link.call("HGET", self._meta, META["generation"])
         return found == self.generation.encode() or self._adopt()
+
+    def check_generation(self) -> None:
+        """Raise NamespaceResetError if the namespace is not the one that was joined. A plain read."""
+        found = self.link.call("HGET", self._meta, META["generation"])
+        if found is None or birth_of(found.decode()) != birth_of(self.generation):
+            raise NamespaceResetError("check", "the namespace is not the one joined")
+
+    def restart(self, reason: str) -> None:
+        """Give up all that the namespace holds, and join its next life.
+
+        Raises:
+            NamespaceResetError: somebody else did so before.
+        """
+        born = secrets.token_hex(8)
+        try:
+            self._run("restart", born, reason)
+        except NamespaceResetError:
+            found = self.link.call("HGET", self._meta, META["generation"]) or b""
+            if found.lstrip(b"~") != born.encode():  # else this one's reply was lost
+                raise
+        clear(self.link, self._meta, f"~{born}")
+        self.rejoin()
+
+    def why_restarted(self) -> str:
+        """Return why the namespace was restarted, empty if its life did not begin so. A plain read."""
+        found = self.link.call("HGET", self._meta, META["restarted"])
+        return "" if found is None else found.decode()
 
     def _run(self, name: str, *args: Any, repeat: Repeat | None = None, **options: Any) -> Any:
         told = (*self._head(), *args)
@@ -588,10 +620,16 @@ class Store:
         slots, left, tickets = self._graph("leave_node", node, fence, most)
         return Leave(_texts(slots), left, _tickets(tickets))
 
-    def abandon_slot(self, slot: str, node: str, error: bytes) -> tuple[list[str], list[str], Tickets]:
-        """Give up a slot that is gone; returns what it was running and what erred for it."""
-        allowed = self.settings.allowed_failures
-        keys, killed, tickets = self._graph("abandon_slot", slot, node, allowed, error)
+    def abandon_slot(
+        self, slot: str, node: str, death: str, errors: Mapping[str, bytes]
+    ) -> tuple[list[str], list[str], Tickets]:
+        """Give up a slot that is gone; returns what it was running and what erred for it.
+
+        Args:
+            death: how it ended, one line.
+            errors: of its tasks those that err for it, with the pickled error; the others run again.
+        """
+        keys, killed, tickets = self._graph("abandon_slot", slot, node, death, *_flat(list(errors.items())))
         return _texts(keys), _texts(killed), _tickets(tickets)
 
     # --- copies ---
@@ -739,8 +777,17 @@ def birth_of(generation: str) -> str:
 
 def _open(link: Link, meta: str) -> str:
     link.call("PING")  # the link knows whom it speaks to once it is connected
-    generation: bytes = link.run(load_script("open"), 1, meta, secrets.token_hex(8), SCHEMA, link.run_id)
-    return generation.decode()
+    patience = time.monotonic() + HELP_AFTER_S
+    while True:
+        try:
+            born = secrets.token_hex(8)
+            generation: bytes = link.run(load_script("open"), 1, meta, born, SCHEMA, link.run_id)
+            return generation.decode()
+        except RestartingError as error:
+            if time.monotonic() < patience:
+                time.sleep(LOOK_S)
+            else:
+                clear(link, meta, error.detail)
 
 
 def _ms(seconds: float) -> int:
@@ -772,7 +819,7 @@ def _location(
     )
 
 
-def _flat(pairs: Sequence[tuple[str, str]]) -> list[str]:
+def _flat(pairs: Sequence[tuple[str, Any]]) -> list[Any]:
     return [x for pair in pairs for x in pair]
 
 
