@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -108,6 +109,14 @@ class Contender:
         """Bytes of memory that Redis has in use, connections' buffers apart; where there is a Redis."""
         raise NotImplementedError
 
+    def kill_worker(self) -> None:
+        """Kill one of the workers, as a crash would; where the system starts another, it may."""
+        raise NotImplementedError
+
+    def kill_child(self) -> None:
+        """Kill the process that runs one worker's tasks, where that is not the worker itself."""
+        raise NotImplementedError
+
 
 class FuturesContender(Contender):
     """A contender whose client speaks `submit`, `map`, `gather` and `compute` with futures."""
@@ -157,7 +166,7 @@ class CeleryMem(FuturesContender):
 
         from celery_mem import Client, LocalCluster
 
-        self.cluster = LocalCluster(n_workers=N_WORKERS, threads_per_worker=1)
+        self.cluster = LocalCluster(n_workers=N_WORKERS, threads_per_worker=1, restart=True)
         self.client = Client(self.cluster)
         self.redis = redis.Redis.from_url(self.cluster.url)
 
@@ -207,6 +216,15 @@ class CeleryMem(FuturesContender):
         memory = self.redis.info("memory")
         return int(memory["used_memory"]) - int(memory.get("mem_clients_normal", 0))
 
+    def kill_worker(self) -> None:
+        os.kill(self.cluster.pids()["worker-1"], signal.SIGKILL)
+
+    def kill_child(self) -> None:
+        import psutil
+
+        family = psutil.Process(self.cluster.pids()["worker-1"]).children()
+        next(p for p in family if "celery_mem.worker.agent" not in p.cmdline()).kill()
+
 
 def _results_in(folder: str) -> int:
     """Results in a node's files, on its disk, and bytes of those that their makers have not written yet."""
@@ -255,6 +273,9 @@ class Distributed(FuturesContender):
 
     def count_left(self) -> int:
         return len(self.cluster.scheduler.tasks)
+
+    def kill_worker(self) -> None:
+        os.kill(next(iter(self.client.run(os.getpid).values())), signal.SIGKILL)  # its nanny starts another
 
 
 class DistributedTuned(Distributed):

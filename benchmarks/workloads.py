@@ -38,6 +38,11 @@ def total(values: list[int]) -> int:
     return sum(values)
 
 
+def nap(x: int) -> int:
+    time.sleep(0.02)
+    return x
+
+
 # --- what a workload is ---------------------------------------------------------------------------
 
 
@@ -164,6 +169,33 @@ def _median_latency_ms(contender: Contender, n: int, pause_s: float) -> float:
     return statistics.median(latencies) * 1e3
 
 
+def recover(contender: Contender, n: int) -> float:
+    """Seconds that `n` tasks of 20 ms take longer if a worker is killed when a second has passed."""
+    return _extra_seconds(contender, n, contender.kill_worker)
+
+
+def recover_child(contender: Contender, n: int) -> float:
+    """The same if only the process is killed that runs a worker's tasks."""
+    return _extra_seconds(contender, n, contender.kill_child)
+
+
+def _extra_seconds(contender: Contender, n: int, kill: Callable[[], None]) -> float:
+    undisturbed = _seconds_of_naps(contender, n, lambda: None)
+    disturbed = _seconds_of_naps(contender, n, kill)
+    contender.wait_ready()
+    return disturbed - undisturbed
+
+
+def _seconds_of_naps(contender: Contender, n: int, kill: Callable[[], None]) -> float:
+    numbers = fresh_numbers(n)
+    started = time.perf_counter()
+    naps = contender.map(nap, numbers)
+    time.sleep(1.0)
+    kill()
+    check_equal(contender.gather(naps), list(numbers))
+    return time.perf_counter() - started
+
+
 def cost_growth(contender: Contender, n: int) -> float:
     """Time per task of map_noop at `n` tasks against the same at `n / 50`."""
     small = max(16, n // 50)
@@ -281,6 +313,27 @@ _ALL = (
         only="celery-mem",
     ),
     *_DATA,
+    Workload(
+        "recover",
+        "200 tasks of 20 ms, a worker killed after 1 s: time lost",
+        "s",
+        False,
+        200,
+        recover,
+        Target(1.0),
+        warm_up=0,
+    ),
+    Workload(
+        "recover_child",
+        "the same, one pool child killed",
+        "s",
+        False,
+        200,
+        recover_child,
+        Target(1.5, absolute=True),
+        warm_up=0,
+        only="celery-mem",
+    ),
     # No target, and only when asked for by name: what the first task after a quiet while costs.
     Workload(
         "roundtrip_paused", "the same after 0.5 s of silence", "ms", False, 10, roundtrip_paused, warm_up=0

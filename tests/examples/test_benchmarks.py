@@ -106,6 +106,8 @@ def test_every_target_is_in_the_default_run() -> None:
         "df_pipeline": "<= 0.9x",
         "df_pipeline_peak": "<= 1x",
         "release": "<= 1x",
+        "recover": "<= 1x",
+        "recover_child": "<= 1.5 s",
     }
 
 

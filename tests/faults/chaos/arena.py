@@ -22,6 +22,7 @@ from redis.exceptions import RedisError
 
 from celery_mem.state.audit import Violation, audit
 from celery_mem.state.keys import NODE, TASK
+from celery_mem.state.letters import replace_processes
 from celery_mem.state.store import Store
 from tests.deployment import Deployment, wait_until
 from tests.faults.chaos.jobs import write_flights
@@ -360,6 +361,15 @@ class Arena:
 
     def forget_scripts(self, step: Step, chance: random.Random) -> bool:
         self.deployment.redis.script_flush()
+        return True
+
+    def replace_processes(self, step: Step, chance: random.Random) -> bool:
+        """As `Client.restart_workers` does."""
+        node = self.deployment.node(chance.choice(list(NODES)))
+        box = self.deployment.key(f"mail:{node}")
+        if not self.deployment.redis.exists(self.deployment.key(f"node:{node}")):
+            return False
+        self.deployment.redis.rpush(box, replace_processes(f"chaos-{step.number}"))
         return True
 
     def inject(self, step: Step) -> bool:

@@ -28,6 +28,7 @@ WEIGHTS = {
     "repeat a ticket": 4,
     "jump a clock": 3,
     "forget scripts": 1,
+    "replace processes": 1,
 }
 """How often each kind of fault comes, in proportion. "stop": for longer than its lease, then it goes on."""
 
