@@ -11,7 +11,7 @@ from tests.faults.chaos.schedule import WEIGHTS
 SEED = 7
 SECONDS = 10.0
 SLOW = {"kill an agent", "stop an agent", "stop a node"}
-"""What is dropped while no agent hears of it is a file until the next one has looked twice, a minute apart."""
+"""What is dropped while no agent hears is a file until the next one has looked twice, a minute apart."""
 
 
 def test_real_work_is_right_and_leaves_nothing_while_whatever_can_break_is_broken(tmp_path: Path) -> None:
