@@ -267,6 +267,30 @@ def check(url: str | None, namespace: str | None, for_programs: bool, patience: 
         sys.exit(1)
 
 
+@mem.command()
+@click.argument("file", type=click.Path(dir_okay=False), required=False)
+def keygen(file: str | None) -> None:
+    """Make a key for mem_secret_key: print it, or put it ahead of those in FILE, which is made if need be.
+
+    To change keys: add the new one after the old one everywhere, then put it first everywhere, then take the
+    old one away.
+    """
+    import os
+    import secrets
+
+    key = secrets.token_hex(32)
+    if file is None:
+        click.echo(key)
+        return
+    before = ""
+    if os.path.exists(file):
+        with open(file, encoding="utf-8") as old:
+            before = old.read()
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as new:
+        new.write(f"{key}\n{before}")
+    click.echo(f"wrote a key to {file}; use it by mem_secret_key = 'file:{os.path.abspath(file)}'")
+
+
 @mem.command(context_settings={"ignore_unknown_options": True})
 @where
 @click.argument("flower_options", nargs=-1, type=click.UNPROCESSED)

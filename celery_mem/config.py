@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket", SCHEME)
+SECRET = {"secret_key"}
 PUBLISH = ("on_demand", "pinned", "always")
 _WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -69,6 +70,17 @@ class Settings:
         "time that a task which is cancelled or out of time has to clean up; then its process is killed",
         "seconds",
         or_zero=True,
+    )
+    secret_key: str = _setting(
+        "",
+        "signs all that is pickled: keys of 32 characters or more, separated by commas, of which the first "
+        "signs and all are good for a check; file:<path> for a file with one in a line; empty signs nothing",
+    )
+    require_signing: bool = _setting(False, "refuse to start without a secret_key")
+    sign: str = _setting(
+        "pickles",
+        "what is signed: pickles, that is everything that can run code, or all, with the contents of arrays",
+        choices=("pickles", "all"),
     )
     # the memory of the workers
     node_memory: bool = _setting(True, "large results stay on the node that made them; off: all go to Redis")
@@ -127,6 +139,14 @@ class Settings:
                 f"mem_namespace must be a plain word without braces or colons: {self.namespace!r}"
             )
 
+    def __repr__(self) -> str:
+        """Show what differs from the defaults, and no secrets."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if "url" in shown:
+            shown["url"] = mask_url(self.url)
+        shown |= dict.fromkeys(shown.keys() & SECRET, "***")
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+
     @classmethod
     def load(cls, app: Celery | None = None, **overrides: Any) -> Settings:
         """Collect the settings of this process.
@@ -156,11 +176,28 @@ class Settings:
             service = values.get("sentinel_master") or options.get("master_name", "")
             values["url"] = parse_sentinel(values["url"], service).canonical
         check_url(values["url"])
+        if not values.get("secret_key"):
+            values["secret_key"] = key_beside(values["url"])
         return cls(**values)
 
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed."""
         return dataclasses.replace(self, **changes)
+
+
+KEY_FILE = "secret_key"
+
+
+def key_beside(url: str) -> str:
+    """Return the setting for the key that an embedded cluster keeps beside its Redis' socket, if any."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("unix", "redis+socket"):
+        return ""
+    path = os.path.join(os.path.dirname(parts.path), KEY_FILE)
+    try:
+        return f"file:{path}" if os.stat(path).st_uid == os.geteuid() else ""
+    except OSError:
+        return ""
 
 
 def _check_names(given: set[str], known: Mapping[str, object], prefix: str) -> None:

@@ -48,6 +48,28 @@ class DeserializationError(CeleryMemError):
     """Bytes cannot be unpickled here, mostly because a module or a version differs; the text says which."""
 
 
+class SignatureError(CeleryMemError):
+    """A pickle stream is not signed as it must be here: it was not unpickled, and no task was run with it.
+
+    Args:
+        kind: what it is: a function, payload, result, error or dataset.
+        name: key text, or for a function its hash.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, kind: str, name: str, reason: str) -> None:
+        super().__init__(kind, name, reason)
+        self.kind = kind
+        self.name = name
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"the {self.kind} of {self.name} was refused: {self.reason}. Do all clients, workers and "
+            "coordinators have the same mem_secret_key? If they do, somebody else writes to this Redis"
+        )
+
+
 class VersionMismatchError(CeleryMemError):
     """Client and worker run versions that cannot exchange tasks."""
 

@@ -54,7 +54,8 @@ from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
 from celery_mem.memory import blobs
-from celery_mem.memory.serialize import Frames, loads_inline
+from celery_mem.memory.seal import Kind
+from celery_mem.memory.serialize import Frames
 from celery_mem.state.store import Tickets
 
 if TYPE_CHECKING:
@@ -607,7 +608,7 @@ class Client(DataMethods, LifetimeMethods):
             outer = current._context.set(self)  # futures in the result belong to this client
             try:
                 if data is not None:
-                    return loads_inline(data, what)
+                    return self._session.seal.load_inline(state.text, data, what)
                 is_there, value = self._session.reading.read(state, found)
             finally:
                 current._context.reset(outer)
@@ -643,7 +644,7 @@ class Client(DataMethods, LifetimeMethods):
             lost, _, reason = state.reason.partition("\n")
             lost_key = key_of(lost) if lost else key
             return (DataLostError(lost_key, reason) if reason else DataLostError(lost_key)), None
-        return decode_error(state.error)
+        return decode_error(self._session.seal.open(Kind.ERROR, "", state.error))
 
     def call_when_done(self, future: Future, state: KeyState, fn: Callable[[Future], Any]) -> None:
         """Run `fn(future)` in the callback thread when the key is final."""

@@ -10,6 +10,7 @@ from celery_mem.client.future import Future, text_of_future
 from celery_mem.errors import ConfigError, DatasetError, MissingKeyError, NameTakenError
 from celery_mem.graph import collections as lowering
 from celery_mem.graph.keys import Key, key_of, text_of
+from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import dumps, loads_inline
 from celery_mem.state.store import Store
 
@@ -129,7 +130,9 @@ class LifetimeMethods:
             if futures is not None:
                 outer = current._context.set(self)  # type: ignore[arg-type]
                 try:
-                    return loads_inline(data, f"dataset {name!r}")
+                    return loads_inline(
+                        session.seal.open(Kind.DATASET, text_of(name), data), f"dataset {name!r}"
+                    )
                 finally:
                     current._context.reset(outer)
             if before == holder:  # else it may have been taken back, or overridden, meanwhile
@@ -171,7 +174,7 @@ class LifetimeMethods:
                 session.send_tickets(tickets)
                 if unknown:
                     raise MissingKeyError(key_of(unknown[0]), f"dataset {name!r}")
-            content = b"%d\n%b" % (len(texts), frames.inline())
+            content = b"%d\n%b" % (len(texts), session.seal.close(Kind.DATASET, text, frames.inline()))
             before = store.publish(text, holder, content, override=override)
         except BaseException as error:
             _release(session, holder)

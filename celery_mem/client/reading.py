@@ -16,7 +16,6 @@ from celery_mem.errors import DataLostError
 from celery_mem.graph.keys import key_of
 from celery_mem.memory.durable import durable_files
 from celery_mem.memory.reader import Gone, Reader, Sources, find_sources
-from celery_mem.memory.serialize import loads, loads_inline
 from celery_mem.state.keys import TASK
 from celery_mem.state.store import Location
 
@@ -82,7 +81,7 @@ class Reading:
             if found is None:
                 found = self.look([state])[state.text]
             if found.value is not None:
-                return True, loads_inline(found.value, what)
+                return True, session.seal.load_inline(state.text, found.value, what)
             location = found.location
             if location is None:
                 if is_confirmed:
@@ -104,7 +103,7 @@ class Reading:
         try:
             copy = self._opened().read(text, Sources.at(location))
             token, lost = location.token, copy.lost
-            result = (loads(copy.head, copy.buffers, what),)
+            result = (self._session.seal.load(text, copy.head, copy.buffers, what),)
         except Gone as gone:
             token, lost = gone.token, gone.places
         for place in lost:

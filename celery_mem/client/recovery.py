@@ -19,6 +19,7 @@ from celery_mem.graph.calls import Function
 from celery_mem.graph.errors import encode_error
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
+from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import dumps
 from celery_mem.state.store import NewData, NewTask
 
@@ -176,6 +177,7 @@ class Recovery:
                     del session.states[state.text]
                 why = f"{self._why}, and this client cannot make it again"
                 session.lost_keys[state.text] = why
-                state.error = encode_error(StateLostError(key_of(state.text), why))
+                error = encode_error(StateLostError(key_of(state.text), why), key=state.text)
+                state.error = session.seal.close(Kind.ERROR, "", error)
                 state.data, state.status = None, ERROR
                 session.finish(state)

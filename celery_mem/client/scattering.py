@@ -65,7 +65,7 @@ class Scattering:
                     out[key] = self._client.future_of(key, state)
                     if is_new:
                         new.append(state)
-                        frames = dumps(value, f"data {key!r}")
+                        frames = session.seal.close_frames(text, dumps(value, f"data {key!r}"))
                         data = self._inline(text, value, frames)
                         if data is None:
                             large.append(text)
@@ -129,6 +129,7 @@ class Scattering:
         if folder is not None:
             folder.drop([str(data.data)])
         frames = dumps(items[key_of(data.key)], f"data {data.key}")
+        frames = self._client.session.seal.close_frames(data.key, frames)
         token = self._client.next_blob_token()
         self._client.write_blob(token, data.key, frames)
         return data._replace(kind="b", data=token, place="")

@@ -32,8 +32,10 @@ from celery_mem.errors import (
     UnknownClientError,
     raise_for_reply,
 )
+from celery_mem.graph.calls import Function
 from celery_mem.graph.errors import encode_error
 from celery_mem.memory import blobs
+from celery_mem.memory.seal import Kind, seal_of, warn_if_unsigned
 from celery_mem.state.eviction import Eviction
 from celery_mem.state.link import Command, Link, make_pool
 from celery_mem.state.store import NewData, NewTask, Store, Tickets
@@ -44,6 +46,7 @@ RELEASES_AT_ONCE = 5_000
 """Releases that the keeper sends before other calls get their turn."""
 RECOVERIES = 5
 """Times that one call is begun anew since Redis lost track of the client."""
+SIGNED_FUNCTIONS = 1000
 SIGN_OFF_S = 1.0
 """Time that a closing session gives a Redis that does not answer."""
 
@@ -80,10 +83,13 @@ class Session:
         self.id = f"{name}-{secrets.token_hex(5)}"
         self.pid = os.getpid()
         self.send_tickets = send_tickets
+        self.seal = seal_of(settings)
+        warn_if_unsigned(settings)
         self.store = _connect(settings, first_timeout)
         self.bulk = self.store.link.twin()  # large data, so that small commands need not wait behind it
         self.store.adopts = False  # first it is to be seen what became of the holds
         self.known_functions: set[str] = set()
+        self._signed: dict[str, Function] = {}
         self.lock = threading.RLock()
         self.order = threading.RLock()
         self.states: dict[str, KeyState] = {}
@@ -147,6 +153,16 @@ class Session:
                 state = self.states[text] = KeyState(text, epoch)
         state.refs += 1
         return state, new
+
+    def signed(self, function: Function) -> Function:
+        """Return a function whose code is signed; each is signed once."""
+        found = self._signed.get(function.hash)
+        if found is None:
+            code = self.seal.close(Kind.FUNCTION, function.hash, function.code)
+            if len(self._signed) >= SIGNED_FUNCTIONS:
+                self._signed.clear()  # a bound, not a policy
+            found = self._signed[function.hash] = function._replace(code=code)
+        return found
 
     def submit(
         self,
@@ -326,7 +342,7 @@ class Session:
 
     def fail(self, states: Iterable[KeyState], error: BaseException) -> None:
         """Give up states whose tasks could not be sent; their futures raise `error`."""
-        data = encode_error(error)
+        data = self.seal.close(Kind.ERROR, "", encode_error(error))
         with self.lock:
             for state in states:
                 if state.status != PENDING:

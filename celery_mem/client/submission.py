@@ -18,6 +18,7 @@ from celery_mem.graph.calls import (
     Function,
     Payload,
     call,
+    call_name,
     encode_call,
     encode_function,
     encode_node,
@@ -25,6 +26,7 @@ from celery_mem.graph.calls import (
 )
 from celery_mem.graph.keys import Key, text_of
 from celery_mem.graph.nodes import is_node
+from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import Frames
 from celery_mem.state.store import NewTask
 
@@ -116,8 +118,12 @@ class Submission:
         self, text: str, function: Function, payload: Payload, *, hold: bool = True, key: Key | None = None
     ) -> None:
         """Add a task."""
-        self._functions[function.hash] = function
         data, blob = with_timeout(payload.data, self._timeout), ""
+        seal = self._session.seal
+        if seal.is_on:
+            function = self._session.signed(function)
+            data = seal.close(Kind.PAYLOAD, call_name(text, function.hash, payload.deps), data)
+        self._functions[function.hash] = function
         if len(data) > LARGE_PAYLOAD:
             blob = self._write_blob(text, data)
             self._payloads[blob] = data

@@ -24,6 +24,7 @@ from celery_mem.coordinator.surplus import Surplus
 from celery_mem.coordinator.tickets import TicketCalls
 from celery_mem.coordinator.unrunnable import Unrunnable
 from celery_mem.errors import CeleryMemError, FencedError, NamespaceResetError, RedisUnavailableError
+from celery_mem.memory.seal import warn_if_unsigned
 from celery_mem.state.eviction import Eviction
 from celery_mem.state.store import Store
 
@@ -160,6 +161,7 @@ def run(settings: Settings, app: Celery | None = None) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    warn_if_unsigned(settings)
     store = Store.connect(settings)
     Eviction(store.link).warn()
     Coordinator(store, CelerySide(settings, app)).run(stop)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 
 from celery_mem.coordinator.duty import CALLS_AT_ONCE, Duty
-from celery_mem.errors import CeleryMemError
-from celery_mem.graph.errors import decode_error
+from celery_mem.graph.errors import error_summary
 
 log = logging.getLogger("celery_mem.coordinator")
 
@@ -34,8 +33,5 @@ class Failures(Duty):
 def _text(data: bytes) -> str:
     if not data:
         return "its data is lost"
-    try:
-        error, _ = decode_error(data)
-    except CeleryMemError as problem:
-        return str(problem)
-    return f"{type(error).__name__}: {error}"
+    kind, message, _ = error_summary(data)
+    return f"{kind.rpartition('.')[2]}: {message}"

@@ -8,6 +8,7 @@ from celery_mem.coordinator.duty import CALLS_AT_ONCE, Duty
 from celery_mem.errors import NoValidWorkerError
 from celery_mem.graph.constraints import why_nobody_may_run
 from celery_mem.graph.errors import encode_error
+from celery_mem.memory.seal import Kind, seal_of
 
 log = logging.getLogger("celery_mem.coordinator")
 
@@ -30,7 +31,9 @@ class Unrunnable(Duty):
         for constraint, count in due.items():
             reason = why_nobody_may_run(constraint, infos) or "no worker is there"
             log.error("%d tasks err, as no worker may run them: %s", count, reason)
-            error = encode_error(NoValidWorkerError(reason, timeout_s))
+            error = seal_of(self.store.settings).close(
+                Kind.ERROR, "", encode_error(NoValidWorkerError(reason, timeout_s))
+            )
             left = 1
             while left and calls < CALLS_AT_ONCE:
                 left, tickets = self.store.refuse(constraint, error, fence=fence)

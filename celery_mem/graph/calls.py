@@ -320,6 +320,11 @@ def encode_node(
     return Payload((NODE if nested else CALL) + frames.inline(), (*deps, *extra))
 
 
+def call_name(key: str, function: str, deps: Sequence[str]) -> str:
+    """Return what a payload belongs to, for its signature: task, function, and inputs in their order."""
+    return "\n".join((key, function, *deps))
+
+
 def with_timeout(payload: bytes, seconds: float | None) -> bytes:
     """Return the payload of a call that may run for so long."""
     return payload if seconds is None else TIMED + _DOUBLE.pack(seconds) + payload

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from tblib import Traceback
 
 from celery_mem.errors import CeleryMemError, RemoteError
+from celery_mem.memory.seal import strip
 from celery_mem.memory.serialize import dumps, loads_inline
 
 MAX_PICKLE = 1 << 20
@@ -32,17 +33,19 @@ class _Link(NamedTuple):
     how: str
 
 
-def encode_error(error: BaseException, *, skip_frames: int = 0) -> bytes:
+def encode_error(error: BaseException, *, skip_frames: int = 0, key: str = "") -> bytes:
     """Return the bytes of an error. Never fails, whatever the exception's class does.
 
     Args:
         skip_frames: frames at the top of the traceback that belong to us, not to the task.
+        key: key text of the task that raised it.
     """
     tb = error.__traceback__
     for _ in range(skip_frames):
         tb = tb.tb_next if tb is not None else None
     links = list(_chain(error))
     head = {
+        "key": key,
         "type": _name(error),
         "message": _message(error),
         "traceback": _text(error, tb)[-MAX_TEXT:],
@@ -208,7 +211,7 @@ def _traceback(frames: list[tuple[str, str, int, str]] | None) -> TracebackType 
 def error_summary(data: bytes) -> tuple[str, str, str]:
     """Return class name, message and traceback text of an error, without unpickling."""
     try:
-        head = json.loads(data.partition(b"\n")[0])
+        head = json.loads(strip(data).partition(b"\n")[0])
     except ValueError:
         return "?", "", ""
     return str(head.get("type", "?")), str(head.get("message", "")), str(head.get("traceback", ""))

@@ -7,6 +7,7 @@ import pickle
 from typing import NamedTuple
 
 from celery_mem.errors import CeleryMemError, KilledWorkerError
+from celery_mem.memory.seal import Kind, seal_of, strip
 from celery_mem.state.keys import TASK
 from celery_mem.state.records import read_deaths, read_recipe
 from celery_mem.state.store import Store, Tickets
@@ -45,7 +46,7 @@ def give_up_slot(store: Store, slot: str, node: str, *, death: str) -> GivenUp:
         deaths, function = _history(store, key)
         if len(deaths) >= store.settings.allowed_failures:
             others = tuple(other for other in owned if other != key)
-            errors[key] = encode_plain(KilledWorkerError(key, function, (*deaths, death), others))
+            errors[key] = encode_plain(KilledWorkerError(key, function, (*deaths, death), others), key, store)
     keys, killed, tickets = store.abandon_slot(slot, node, death, errors)
     return GivenUp(keys, killed, tickets)
 
@@ -56,17 +57,19 @@ def owned_by(store: Store, slot: str) -> dict[str, str]:
     return {flat[i].decode(): flat[i + 1].decode() for i in range(0, len(flat), 2)}
 
 
-def encode_plain(error: CeleryMemError) -> bytes:
-    """Return an error without traceback in the form of graph/errors.py.
+def encode_plain(error: CeleryMemError, key: str, store: Store) -> bytes:
+    """Return an error without traceback in the form of graph/errors.py, signed.
 
     Not by that module's own means: this runs in node agents, which are to stay small.
     """
     head = {
+        "key": key,
         "type": f"{type(error).__module__}.{type(error).__qualname__}",
         "message": str(error),
         "traceback": "",
     }
-    return json.dumps(head).encode() + b"\n" + pickle.dumps([b"p" + pickle.dumps(error)])
+    data = json.dumps(head).encode() + b"\n" + pickle.dumps([b"p" + pickle.dumps(error)])
+    return seal_of(store.settings).close(Kind.ERROR, "", data)
 
 
 def _history(store: Store, key: str) -> tuple[list[str], str]:
@@ -81,6 +84,6 @@ def _history(store: Store, key: str) -> tuple[list[str], str]:
 
 def _name_in(head: bytes) -> str:
     try:
-        return str(json.loads(head.partition(b"\n")[0])["name"])
+        return str(json.loads(strip(head).partition(b"\n")[0])["name"])
     except (ValueError, KeyError):  # its code is gone, or of another version of this package
         return "an unknown function"

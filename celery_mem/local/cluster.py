@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import secrets
 import shutil
 import site
 import sys
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
-from celery_mem.config import Settings, mask_url
+from celery_mem.config import KEY_FILE, Settings, mask_url
 from celery_mem.errors import ConfigError
 from celery_mem.local.processes import LocalClusterError, Processes
 from celery_mem.local.redis import PrivateRedis, find_redis_server
@@ -33,6 +34,12 @@ ONE_THREAD_EACH = {
 }
 FOREIGN_CELERY_VARIABLES = ("APP", "BROKER_URL", "RESULT_BACKEND", "LOADER", "CONFIG_MODULE", "SKIP_CHECKS")
 """The celery command takes options from these, and from every `CELERY_*`."""
+
+
+def make_key_file(path: str) -> None:
+    """Write a new key for signatures to a file that only this user can read."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32) + "\n")
 
 
 class LocalCluster:
@@ -91,6 +98,8 @@ class LocalCluster:
         folder = tempfile.mkdtemp(prefix="celery-mem-")
         try:
             redis = PrivateRedis.place(folder)
+            if redis.socket_path is not None:
+                make_key_file(os.path.join(folder, KEY_FILE))  # whoever finds the socket finds it too
             environ = _environment(redis.url, namespace, env, self.n_workers)
             self._processes = Processes(folder, environ, grace_s=grace, to_stderr=not silence)
         except BaseException:

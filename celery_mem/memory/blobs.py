@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from celery_mem.memory.checksum import checksum_of
-from celery_mem.memory.serialize import Frames, loads
+from celery_mem.memory.serialize import Frames
 from celery_mem.state.link import Command, Link
 
 log = logging.getLogger("celery_mem.memory")
@@ -62,15 +62,6 @@ def read(link: Link, name: str, what: str = "object") -> tuple[bytearray | bytes
         log.warning("the blob of %s in Redis is damaged", what)
         return None
     return whole.parts[0], whole.parts[1:]
-
-
-def load(link: Link, name: str, what: str = "object") -> tuple[Any, int] | None:
-    """Return the object stored under `name` and its size in bytes; None if it is not there."""
-    found = read(link, name, what)
-    if found is None:
-        return None
-    head, buffers = found
-    return loads(bytes(head), buffers, what), len(head) + sum(map(len, buffers))
 
 
 def cut(parts: Sequence[Any], limit: int) -> Iterator[Any]:

@@ -147,12 +147,20 @@ def loads(head: bytes | memoryview, buffers: Sequence[Any] = (), what: str = "ob
 
 def loads_inline(data: bytes, what: str = "object") -> Any:
     """Unpickle what `Frames.inline` made; each call makes a new, writable object."""
+    head, buffers = split_inline(data, what)
+    return loads(head, buffers, what)
+
+
+def split_inline(data: bytes, what: str = "object") -> tuple[memoryview, list[bytearray]]:
+    """Return the head and the buffers, writable copies, of what `Frames.inline` made."""
     if data[:1] == PLAIN:
-        return loads(memoryview(data)[1:], (), what)
+        return memoryview(data)[1:], []
     if data[:1] != FRAMED or len(data) < 5:
         raise DeserializationError(f"{what}: these bytes are not a stored object")
     (count,) = _COUNT.unpack_from(data, 1)
     at = 5 + 8 * count
+    if count < 1 or at > len(data):
+        raise DeserializationError(f"{what}: these bytes are not a stored object")
     parts = []
     for i in range(count):
         (size,) = _LENGTH.unpack_from(data, 5 + 8 * i)
@@ -160,4 +168,4 @@ def loads_inline(data: bytes, what: str = "object") -> Any:
         at += size
     if at != len(data):
         raise DeserializationError(f"{what}: {len(data)} bytes stored, {at} expected")
-    return loads(parts[0], [bytearray(p) for p in parts[1:]], what)
+    return parts[0], [bytearray(p) for p in parts[1:]]

@@ -13,7 +13,8 @@ from celery_mem.memory import blobs
 from celery_mem.memory.durable import durable_files, read_durable
 from celery_mem.memory.files import MAP_LEAST
 from celery_mem.memory.reader import Gone, Reader, Sources, find_sources
-from celery_mem.memory.serialize import Frames, loads, loads_inline
+from celery_mem.memory.seal import seal_of
+from celery_mem.memory.serialize import Frames
 from celery_mem.state.store import DURABLE, Input, Store
 from celery_mem.worker.cache import Cached, ResultCache
 from celery_mem.worker.live import Copy
@@ -56,6 +57,7 @@ class StoredInputs:
 
     def __init__(self, store: Store, settings: Settings) -> None:
         self.store = store
+        self.seal = seal_of(settings)
         self.results = ResultCache(settings.cache_bytes)
         self.durable = durable_files(settings)
 
@@ -71,11 +73,11 @@ class StoredInputs:
     def _read(self, given: Input) -> Any:
         what = f"input {given.key}"
         if given.kind == "v":
-            return loads_inline(given.data, what)
+            return self.seal.load_inline(given.key, given.data, what)
         sources = sources_of(given)
         cached = self.results.get(f"{sources.token}:{given.key}")
         if cached is not None:
-            return loads(cached.head, [bytearray(b) for b in cached.buffers], what)
+            return self.seal.load(given.key, cached.head, [bytearray(b) for b in cached.buffers], what)
         found: tuple[Any, list[Any]] | None
         found = blobs.read(self.store.link, self.store.keys.blob(sources.token, given.key), given.key)
         if found is None and DURABLE in sources.places:
@@ -84,7 +86,7 @@ class StoredInputs:
         if found is None:
             raise InputsMissingError([(given.key, sources.token, place) for place in sources.places])
         self._keep(sources.token, given.key, bytes(found[0]), found[1])
-        return loads(memoryview(found[0]), found[1], what)
+        return self.seal.load(given.key, memoryview(found[0]), found[1], what)
 
     def _keep(self, token: str, key: str, head: bytes, buffers: Sequence[Any]) -> None:
         """Keep a copy of a result: the buffers are the task's own, which may write into them at any time."""
@@ -98,6 +100,7 @@ class NodeInputs:
 
     def __init__(self, store: Store, memory: ProcessMemory) -> None:
         self.store = store
+        self.seal = seal_of(store.settings)
         self.memory = memory
         self.reader = Reader(
             store.link,
@@ -120,7 +123,7 @@ class NodeInputs:
             what = f"input {i.key}"
             try:
                 if i.kind == "v":
-                    values.append(loads_inline(i.data, what))
+                    values.append(self.seal.load_inline(i.key, i.data, what))
                 else:
                     values.append(self._read(i.key, sources[i.key], what))
             except Gone as gone:  # go on: all that is missing is told at once
@@ -139,13 +142,13 @@ class NodeInputs:
     def _read(self, key: str, sources: Sources, what: str) -> Any:
         copy = self._copy_of(sources.token)
         if copy is not None:
-            return loads(copy.head, copy.buffers, what)
+            return self.seal.load(key, copy.head, copy.buffers, what)
         found = self.reader.read(key, sources)
         for place in found.lost:
             self.store.lose(place, [(key, sources.token)])
         if found.is_kept and self.store.gain(self.memory.node, [(key, sources.token)]):
             self.memory.folder.drop([sources.token])  # freed meanwhile; what we mapped stays
-        return loads(found.head, found.buffers, what)
+        return self.seal.load(key, found.head, found.buffers, what)
 
     def _announce(self, sources: Iterable[Sources]) -> None:
         """Have other processes write what is about to be read, while the first inputs are read already."""

@@ -23,6 +23,7 @@ from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.limits import memory_limit
 from celery_mem.memory.process import own_identity
 from celery_mem.memory.roots import choose_root, remove_dead_folders
+from celery_mem.memory.seal import warn_if_unsigned
 from celery_mem.state.eviction import Eviction
 from celery_mem.state.keys import NODE
 from celery_mem.state.store import Store, node_news
@@ -57,6 +58,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         try:
             self.pool = supported_pool(parent.pool_cls)
             self.settings = parent.app.mem_settings()
+            warn_if_unsigned(self.settings)
             self.resources = parse_resources(mem_resources)
         except (UnsupportedPoolError, ConfigError) as error:
             raise SystemExit(str(error)) from error

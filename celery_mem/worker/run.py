@@ -19,15 +19,17 @@ from celery_mem.errors import (
     DataLostError,
     RedisUnavailableError,
     SerializationError,
+    SignatureError,
     StoreFullError,
     TaskExitError,
     TaskInterrupt,
     TaskTimeoutError,
 )
-from celery_mem.graph.calls import decode_call, decode_function, timeout_of
+from celery_mem.graph.calls import call_name, decode_call, decode_function, timeout_of
 from celery_mem.graph.errors import encode_error
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
+from celery_mem.memory.seal import MARK, Kind, seal_of
 from celery_mem.memory.serialize import dumps
 from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
@@ -76,6 +78,7 @@ class TaskRunner:
         self.slot = slot
         self.interrupts = interrupts
         self.settings = settings
+        self.seal = seal_of(settings)
         self.inputs: Inputs = StoredInputs(store, settings) if memory is None else NodeInputs(store, memory)
         self.memory = memory
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -97,9 +100,9 @@ class TaskRunner:
             try:
                 result = [self._call(task, timeout, func, args, kwargs)]
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
-                outcome = _failure(task, error)
+                outcome = self._failure(task, error)
             except TaskInterrupt as error:
-                outcome = _failure(task, self._named(task, timeout, error))
+                outcome = self._failure(task, self._named(task, timeout, error))
             else:
                 del args, kwargs  # an input may be part of the result, which is to be nobody else's
                 outcome, keep = self._store_result(task, result)
@@ -108,7 +111,7 @@ class TaskRunner:
         except (WorkerShutdown, WorkerTerminate, RedisUnavailableError):
             raise
         except BaseException as error:
-            outcome = _failure(task, error)
+            outcome = self._failure(task, error)
         return Report(outcome, time.perf_counter() - started, keep)
 
     def _call(
@@ -135,13 +138,25 @@ class TaskRunner:
         named.__cause__, named.__traceback__ = error, error.__traceback__
         return named
 
+    def _failure(self, task: Taken, error: BaseException) -> Failed:
+        if not isinstance(error, Exception):
+            exit_error = TaskExitError(
+                f"task {task.key} raised {type(error).__name__}({error}), which would have ended its worker"
+            )
+            exit_error.__cause__ = error
+            exit_error.__traceback__ = error.__traceback__
+            error = exit_error
+        may_retry = not isinstance(error, SerializationError | SignatureError)
+        data = encode_error(error, skip_frames=_own_frames(error), key=task.key)
+        return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
+
     def _function(self, name: str) -> Callable[..., Any]:
         func = self._functions.get(name)
         if func is None:
             code = self.store.link.call("GET", self.store.keys.of("function", name))
             if code is None:
                 raise CeleryMemError(f"the code of function {name} is not in Redis any more; submit again")
-            func = decode_function(code)
+            func = decode_function(self.seal.open(Kind.FUNCTION, name, code))
             if len(self._functions) >= KEPT_FUNCTIONS:
                 self._functions.clear()  # a bound, not a policy: they are fetched again
             self._functions[name] = func
@@ -152,12 +167,15 @@ class TaskRunner:
         payload = task.payload
         if task.payload_blob:
             name = self.store.keys.blob(task.payload_blob, task.key)
-            found = blobs.load(self.store.link, name, "arguments")
-            if found is None:
+            found = blobs.read(self.store.link, name, "arguments")
+            if found is None or len(found[1]) != 1:
                 raise DataLostError(key_of(task.key), "the blob with its arguments is gone")
-            payload = found[0]
+            payload = bytes(found[1][0])
+        keys = [i.key for i in task.inputs]
+        if self.seal.is_on or payload[:1] == MARK:
+            payload = self.seal.open(Kind.PAYLOAD, call_name(task.key, task.function, keys), payload)
         timeout, payload = timeout_of(payload)
-        return timeout, *decode_call(payload, [i.key for i in task.inputs], self.inputs.read(task.inputs))
+        return timeout, *decode_call(payload, keys, self.inputs.read(task.inputs))
 
     def _store_result(self, task: Taken, box: list[Any]) -> tuple[Done, Any]:
         """Put a result where it belongs; returns its report, and the result if that must live on meanwhile.
@@ -166,7 +184,7 @@ class TaskRunner:
             box: the result, which is taken out: nothing else may refer to what is kept in node memory.
         """
         result = box.pop()
-        frames = dumps(result, f"the result of {task.key}")
+        frames = self.seal.close_frames(task.key, dumps(result, f"the result of {task.key}"))
         type_name = type(result).__qualname__
         keep = result if frames.contains else None
         del result
@@ -234,18 +252,6 @@ def _run_apart(coroutine: Coroutine[Any, Any, Any], outcome: list[Any]) -> None:
         outcome += (asyncio.run(coroutine), None)
     except BaseException as error:
         outcome += (None, error)
-
-
-def _failure(task: Taken, error: BaseException) -> Failed:
-    if not isinstance(error, Exception):
-        exit_error = TaskExitError(
-            f"task {task.key} raised {type(error).__name__}({error}), which would have ended its worker"
-        )
-        exit_error.__cause__ = error
-        exit_error.__traceback__ = error.__traceback__
-        error = exit_error
-    may_retry = not isinstance(error, SerializationError)
-    return Failed(task.key, task.attempt, encode_error(error, skip_frames=_own_frames(error)), may_retry)
 
 
 def _own_frames(error: BaseException) -> int:

@@ -288,7 +288,7 @@ class Stopper:
 
     def _overdue(self, stop: Stop) -> Failed:
         assert stop.seconds is not None
-        error = encode_plain(TaskTimeoutError(stop.key, stop.seconds, self.node))
+        error = encode_plain(TaskTimeoutError(stop.key, stop.seconds, self.node), stop.key, self.store)
         return Failed(stop.key, stop.attempt, error, may_retry=True)
 
 

@@ -207,9 +207,9 @@ class TestTheBytes:
         assert tb is None
         assert error_summary(b"garbage") == ("?", "", "")
 
-    def test_of_a_killed_task_name_it(self):
+    def test_of_a_killed_task_name_it(self, store):
         error, tb = decode_error(
-            encode_plain(KilledWorkerError("k", "f", ("on one: SIGKILL", "on two: SIGSEGV")))
+            encode_plain(KilledWorkerError("k", "f", ("on one: SIGKILL", "on two: SIGSEGV")), "k", store)
         )
         assert type(error) is KilledWorkerError
         assert "task k (f) was running when its process died, 2 times: on one: SIGKILL; on two" in str(error)
