@@ -644,7 +644,7 @@ class Client(DataMethods, LifetimeMethods):
             lost, _, reason = state.reason.partition("\n")
             lost_key = key_of(lost) if lost else key
             return (DataLostError(lost_key, reason) if reason else DataLostError(lost_key)), None
-        return decode_error(self._session.seal.open(Kind.ERROR, "", state.error))
+        return decode_error(self._session.seal.open(Kind.ERROR, "", state.error, shown=state.text))
 
     def call_when_done(self, future: Future, state: KeyState, fn: Callable[[Future], Any]) -> None:
         """Run `fn(future)` in the callback thread when the key is final."""

@@ -58,22 +58,19 @@ class Seal:
             return data
         return MARK + hmac.digest(self._keys[0], self._about(kind, name) + data, "sha256") + data
 
-    def open(self, kind: str, name: str, data: bytes) -> bytes:
+    def open(self, kind: str, name: str, data: bytes, *, shown: str = "") -> bytes:
         """Return what `close` signed.
 
+        Args:
+            shown: what an error text calls it; empty means the first line of `name`.
         Raises:
             SignatureError: it is not signed, or for another place, or altered, or with another key.
         """
-        signed = data[:1] == MARK
-        if not self.is_on:
-            if signed:
-                _refuse(kind, name, "it is signed, and this process has no mem_secret_key to check that with")
+        shown = shown or name.partition("\n")[0]
+        if not self._expects_signature(kind, shown, data):
             return data
-        if not signed:
-            _refuse(kind, name, "it is not signed")
         mac, body = bytes(data[1 : 1 + MAC_BYTES]), data[1 + MAC_BYTES :]
-        message = self._about(kind, name) + body
-        self._check(kind, name, mac, [message])
+        self._check(kind, shown, mac, [self._about(kind, name) + body])
         return body
 
     # --- results: the pickle stream is signed, with the lengths of the buffers that go with it ---
@@ -93,17 +90,8 @@ class Seal:
             SignatureError: as `open`.
             DeserializationError: as `serialize.loads`.
         """
-        signed = bytes(head[:1]) == MARK
-        if not self.is_on:
-            if signed:
-                _refuse(
-                    Kind.RESULT,
-                    key,
-                    "it is signed, and this process has no mem_secret_key to check that with",
-                )
+        if not self._expects_signature(Kind.RESULT, key, head):
             return loads(head, buffers, what)
-        if not signed:
-            _refuse(Kind.RESULT, key, "it is not signed")
         mac, body = bytes(head[1 : 1 + MAC_BYTES]), head[1 + MAC_BYTES :]
         self._check(Kind.RESULT, key, mac, self._parts(key, body, buffers))
         return loads(body, buffers, what)
@@ -112,6 +100,15 @@ class Seal:
         """Unpickle a result that `Frames.inline` made; each call makes a new, writable object."""
         head, buffers = split_inline(data, what)
         return self.load(key, head, buffers, what)
+
+    def _expects_signature(self, kind: str, shown: str, data: Any) -> bool:
+        """Whether there is one to be checked. Raises SignatureError if it lacks, or cannot be checked."""
+        is_signed = bytes(data[:1]) == MARK
+        if is_signed and not self.is_on:
+            _refuse(kind, shown, "it is signed, and this process has no mem_secret_key to check that with")
+        if self.is_on and not is_signed:
+            _refuse(kind, shown, "it is not signed")
+        return is_signed
 
     def _about(self, kind: str, name: str) -> bytes:
         return self._starts[kind] + name.encode(errors="surrogateescape") + b"\0"
@@ -133,9 +130,8 @@ def _mac(key: bytes, parts: Sequence[bytes]) -> bytes:
 
 
 def _refuse(kind: str, name: str, why: str) -> NoReturn:
-    shown = name.partition("\n")[0]
-    log.error("refused the %s of %s: %s", kind, shown, why)
-    raise SignatureError(kind, shown, why)
+    log.error("refused the %s of %s: %s", kind, name, why)
+    raise SignatureError(kind, name, why)
 
 
 def strip(data: bytes) -> bytes:

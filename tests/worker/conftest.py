@@ -78,14 +78,20 @@ def _not_here(*_: str) -> None:
 
 
 class Space:
-    """A namespace with a client; slots are run by the test itself, in its thread or in others."""
+    """A namespace with a client; slots are run by the test itself, in its thread or in others.
 
-    def __init__(self, url: str, root: Path) -> None:
+    Args:
+        settings: further ones, of all.
+    """
+
+    def __init__(self, url: str, root: Path, **settings: Any) -> None:
         self.root = root
         self.nodes: list[Node] = []
         # Waits are short: a slot here goes home as soon as it finds nothing.
-        self.settings = Settings(url=url, namespace=f"slots{next(_numbers)}", linger=0.01, slice=60.0)
-        self.client = Client(url, namespace=self.settings.namespace, set_as_default=False)
+        self.settings = Settings(
+            url=url, namespace=f"slots{next(_numbers)}", linger=0.01, slice=60.0, **settings
+        )
+        self.client = Client(url, namespace=self.settings.namespace, set_as_default=False, **settings)
         self.store = Store.connect(self.settings)
         self.sent: list[Tickets] = []
         self._slots: list[Slot] = []
