@@ -83,3 +83,10 @@ def _find_in_worker() -> Client | None:
                 _of_worker = Client(app, set_as_default=False, name=f"{node}-{os.getpid()}")
                 inside.worker.at_exit(_of_worker.close)
     return _of_worker
+
+
+def close_of_worker(url: str) -> None:
+    """Close the client that tasks of this process use, if it is one of the Redis at `url`."""
+    client = _of_worker
+    if client is not None and client.settings.url == url:
+        client.close()

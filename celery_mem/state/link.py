@@ -50,6 +50,8 @@ _PASSING = re.compile(
 )
 """Errors that pass: a script runs too long, a replica has no master, the disk is full..."""
 _RUN_ID = re.compile(rb"^run_id:(\w+)", re.MULTILINE)
+IN_PROCESS: dict[str, ConnectionPool] = {}
+"""Servers that are simulated in this process, by address; `celery_mem.testing` enters its own."""
 LONGEST_BLOCK_S = 10.0
 """How long a blocking command may wait in Redis. Silence beyond that is a connection that died unseen."""
 BROKEN = (ConnectionError, TimeoutError, OSError)
@@ -60,6 +62,8 @@ def make_pool(
     url: str, *, connect_timeout: float = 5.0, socket_timeout: float | None = 60.0
 ) -> ConnectionPool:
     """Return a pool for `url` without retries of its own and with plain replies (RESP2)."""
+    if url in IN_PROCESS:
+        return IN_PROCESS[url]
     if is_sentinel(check_url(url)):
         return _sentinel_pool(parse_sentinel(url), connect_timeout, socket_timeout)
     if url.startswith("redis+socket://"):

@@ -74,6 +74,14 @@ def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
     return slot
 
 
+def close_slot() -> None:
+    """Close the slot of this thread, which takes no more tickets."""
+    slot: Slot | None = getattr(_local, "slot", None)
+    _local.slot = None
+    if slot is not None:
+        slot.close()
+
+
 def _memory_here(app: Celery, settings: Settings, node: str) -> ProcessMemory | None:
     """Return node memory as this process has it, made by the first of its slots."""
     global _memory
