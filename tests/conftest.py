@@ -21,6 +21,7 @@ from celery_mem.state.link import Link
 from celery_mem.state.store import Store
 from tests.on_cluster import Gate, task_keys, until
 
+pytest_plugins = ["pytester"]
 NOW_MS = 1_000_000  # where the clock of a test's store stands
 WHILE_STDIN_IS_OPEN = '"$@" & read -r _; kill $!; wait'  # the server ends with us, even if we are killed
 _numbers = itertools.count()

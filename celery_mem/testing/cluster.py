@@ -37,9 +37,9 @@ class LeftoverError(CeleryMemError):
 class InProcessCluster:
     """A cluster whose Redis is simulated, and whose slots are threads of this process.
 
-    Tasks run as on a worker of the pool "threads", and what they are given and return goes through pickle. Not
-    there: other processes, the memory of nodes (large results go through the simulated Redis), a way to stop
-    a task that runs, `restart_workers` and `retire_workers`.
+    Tasks run as on a worker of the pool "threads", and what they are given and return goes through pickle.
+    Not there: other processes, the memory of nodes (large results go through the simulated Redis), a way to
+    stop a task that runs, `restart_workers` and `retire_workers`.
 
     Args:
         n_workers: number of nodes, named worker-1@local and so on.
@@ -57,7 +57,7 @@ class InProcessCluster:
         **settings: Any,
     ) -> None:
         self.url = f"redis://in-process-{next(_numbers)}"
-        self._pool = IN_PROCESS[self.url] = make_pool()
+        IN_PROCESS[self.url] = make_pool()
         try:
             self.settings = Settings.load(**{**settings, "url": self.url, "node_memory": False})
             self.app = TicketApp(self.settings, QUEUE)
@@ -82,9 +82,10 @@ class InProcessCluster:
         for node in self.workers:
             self.store.heartbeat(node, **news)
         coordinator = Coordinator(Store.connect(self.settings), _Outside(self.app))
+        agents = Store.connect(self.settings)
         self._threads = [
             threading.Thread(target=coordinator.run, args=(self._stop,), name="celery-mem-coordinator"),
-            threading.Thread(target=self._renew, args=(Store.connect(self.settings),), name="celery-mem-node"),
+            threading.Thread(target=self._renew, args=(agents,), name="celery-mem-node"),
             *(
                 threading.Thread(target=self._work, args=(node,), name=f"celery-mem-slot-{node}")
                 for node in self.workers

@@ -8,7 +8,7 @@ import fakeredis
 from redis import ConnectionPool
 
 
-class Connection(fakeredis.FakeRedisConnection):  # type: ignore[misc]
+class Connection(fakeredis.FakeRedisConnection):
     """A connection to a simulated server, whose waiting reads can be ended from outside.
 
     Such a server runs a command in the thread that sends it, so to shut down a socket wakes nobody up.
@@ -19,14 +19,14 @@ class Connection(fakeredis.FakeRedisConnection):  # type: ignore[misc]
         if self._sock is not None:
             return
         super().connect()
-        self.send_command("CLIENT", "ID")
+        self.send_packed_command(self.pack_command("CLIENT", "ID"), check_health=False)
         number = self.read_response()
-        server = self._server
+        server, sock = self._server, self.get_socket()
 
         def shutdown(_: int) -> None:
             fakeredis.FakeRedis(server=server, protocol=2).client_unblock(number, error=True)
 
-        self._sock.shutdown = shutdown
+        sock.shutdown = shutdown
 
 
 def make_pool(version: tuple[int, ...] = (7,)) -> ConnectionPool:
