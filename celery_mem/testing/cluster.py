@@ -14,7 +14,7 @@ from celery_mem.client import current
 from celery_mem.client.client import Client
 from celery_mem.config import Settings
 from celery_mem.coordinator.daemon import Coordinator
-from celery_mem.errors import CeleryMemError
+from celery_mem.errors import CeleryMemError, NamespaceResetError
 from celery_mem.graph import inside
 from celery_mem.state.audit import audit, read
 from celery_mem.state.link import IN_PROCESS
@@ -27,6 +27,7 @@ log = logging.getLogger("celery_mem.testing")
 
 QUEUE = "celery-mem"
 JOIN_S = 10.0
+TICK_S = 0.25
 _numbers = itertools.count(1)
 
 
@@ -67,9 +68,8 @@ class InProcessCluster:
             raise
         self.closed = False
         self.workers = [f"worker-{n + 1}@local" for n in range(n_workers)]
-        self._worker_before = inside.worker
         self._stop = threading.Event()
-        news = node_news(
+        self._news = node_news(
             queue=QUEUE,
             slots=str(threads_per_worker),
             pid=str(os.getpid()),
@@ -79,10 +79,9 @@ class InProcessCluster:
             resources=resources or {},
             status="running",
         )
-        for node in self.workers:
-            self.store.heartbeat(node, **news)
         coordinator = Coordinator(Store.connect(self.settings), _Outside(self.app))
         agents = Store.connect(self.settings)
+        self._announce(agents)
         self._threads = [
             threading.Thread(target=coordinator.run, args=(self._stop,), name="celery-mem-coordinator"),
             threading.Thread(target=self._renew, args=(agents,), name="celery-mem-node"),
@@ -134,7 +133,8 @@ class InProcessCluster:
             if thread.is_alive():
                 log.warning("a task still runs in thread %s of the cluster %s", thread.name, self.url)
         self.store.link.close()
-        inside.worker = self._worker_before
+        if inside.worker is not None and inside.worker.app is self.app:
+            inside.worker = None
         del IN_PROCESS[self.url]
 
     def __enter__(self) -> Self:
@@ -162,13 +162,20 @@ class InProcessCluster:
             close_slot()
 
     def _renew(self, store: Store) -> None:
-        """Be the agents: keep the nodes' leases."""
-        while not self._stop.wait(self.settings.node_lease / 4):
-            for node in self.workers:
-                store.heartbeat(node)
-                # To stop what runs, or to drop files: there is nothing here that could.
-                store.link.call("DEL", store.keys.of("mail", node))
+        """Be the agents: keep the nodes' leases, and bring the nodes back after `Client.restart`."""
+        while not self._stop.wait(min(TICK_S, self.settings.node_lease / 4)):
+            try:
+                self._announce(store)
+            except NamespaceResetError:
+                store.rejoin()
+                self._announce(store)
         store.link.close()
+
+    def _announce(self, store: Store) -> None:
+        for node in self.workers:
+            store.heartbeat(node, **self._news)
+            # Mail asks to stop what runs, or to drop files: there is nothing here that could.
+            store.link.call("DEL", store.keys.of("mail", node))
 
 
 class _Outside:

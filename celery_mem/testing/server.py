@@ -19,14 +19,14 @@ class Connection(fakeredis.FakeRedisConnection):
         if self._sock is not None:
             return
         super().connect()
-        self.send_packed_command(self.pack_command("CLIENT", "ID"), check_health=False)
-        number = self.read_response()
         server, sock = self._server, self.get_socket()
+        self.send_command("CLIENT", "ID")  # type: ignore[no-untyped-call]
+        number = self.read_response()
 
         def shutdown(_: int) -> None:
             fakeredis.FakeRedis(server=server, protocol=2).client_unblock(number, error=True)
 
-        sock.shutdown = shutdown
+        sock.shutdown = shutdown  # type: ignore[method-assign]
 
 
 def make_pool(version: tuple[int, ...] = (7,)) -> ConnectionPool:

@@ -45,11 +45,11 @@ def test_it_starts_and_answers_in_less_than_half_a_second() -> None:
 def test_no_process_and_no_thread_is_left() -> None:
     program = (
         "import threading\n"
-        "from pathlib import Path\n"
+        "import psutil\n"
         "from celery_mem.testing import InProcessCluster\n"
         "with InProcessCluster() as cluster, cluster.client() as client:\n"
         "    assert client.submit(sum, [1, 2]).result(timeout=30) == 3\n"
-        "    assert Path('/proc/thread-self/children').read_text() == ''\n"
+        "    assert psutil.Process().children() == []\n"
         "left = {t.name for t in threading.enumerate() if t.name.startswith('celery-mem')}\n"
         "assert left <= {'celery-mem-attendance'}, left\n"
     )
@@ -118,6 +118,17 @@ GATES: dict[str, threading.Event] = {}
 def _wait_at_gate(n: int) -> int:
     GATES["gate"].wait(30)
     return n
+
+
+def test_after_a_restart_it_works_again() -> None:
+    with InProcessCluster() as cluster, cluster.client(set_as_default=False) as client:
+        before = client.submit(int, 1)
+        assert before.result(timeout=30) == 1
+        client.restart()
+        assert before.status == "cancelled"
+        assert client.submit(int, 2).result(timeout=30) == 2
+        del before
+        cluster.check_empty()
 
 
 def test_what_is_left_is_named(in_process: InProcessCluster) -> None:
