@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
+from celery import Celery
 
 from celery_mem.config import Settings
 from celery_mem.errors import ConfigError
@@ -46,3 +49,19 @@ def test_a_bad_value_is_refused_by_name(given, says):
 def test_limits_may_be_zero_where_that_means_something():
     s = Settings(url=URL, memory_limit=0, write_behind=0, live_bytes=0, recycle_bytes=0, shm_min=0)
     assert (s.memory_limit, s.no_workers_timeout) == (0, 0)
+
+
+def test_an_unknown_name_in_a_celery_configuration_fails_with_the_nearest_known_one():
+    app = Celery("shop", set_as_current=False)
+    app.conf.update(mem_url=URL, mem_inline_limits=5)
+    with pytest.raises(
+        ConfigError, match=r"unknown setting mem_inline_limits; did you mean mem_inline_limit\?"
+    ):
+        Settings.load(app)
+
+
+def test_every_setting_is_documented_and_numbers_have_a_unit():
+    for f in fields(Settings):
+        assert f.metadata["doc"], f.name
+        is_number = isinstance(f.default, (int, float)) and not isinstance(f.default, bool)
+        assert bool(f.metadata["unit"]) == is_number, f.name

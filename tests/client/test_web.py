@@ -83,4 +83,4 @@ def test_each_process_has_one_client_of_its_own_and_is_told_not_to_use_the_paren
     assert [a["result"] for a in answers] == [a["pid"] ** 2 for a in answers]
     assert len({(a["pid"], a["client"]) for a in answers}) == 2
     assert len({a["client"] for a in answers}) == 2
-    assert all("belongs to the parent process; make a new one" in a["of_parent"] for a in answers)
+    assert all("belongs to the parent process; make a new one" in str(a["of_parent"]) for a in answers)
