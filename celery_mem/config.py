@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from celery_mem.errors import ConfigError
 from celery_mem.sentinels import SCHEME, is_sentinel, parse_sentinel
@@ -71,6 +71,12 @@ class Settings:
         "seconds",
         or_zero=True,
     )
+    ssl_cert_reqs: str = _setting(
+        "required",
+        "of a rediss:// address: its certificate is checked; none takes any, as self-signed ones of Heroku",
+        choices=("required", "none"),
+    )
+    ssl_ca_certs: str = _setting("", "file of the authorities that are trusted; empty means the system's")
     secret_key: str = _setting(
         "",
         "signs all that is pickled: keys of 32 characters or more, separated by commas, of which the first "
@@ -176,6 +182,7 @@ class Settings:
             service = values.get("sentinel_master") or options.get("master_name", "")
             values["url"] = parse_sentinel(values["url"], service).canonical
         check_url(values["url"])
+        values["url"] = _with_tls(values["url"], values)
         if not values.get("secret_key"):
             values["secret_key"] = key_beside(values["url"])
         return cls(**values)
@@ -183,6 +190,19 @@ class Settings:
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some settings changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _with_tls(url: str, values: Mapping[str, Any]) -> str:
+    """Return a rediss:// address that says how its certificate is checked, as redis-py and kombu read it."""
+    parts = urlsplit(url)
+    if parts.scheme != "rediss":
+        return url
+    query = dict(parse_qsl(parts.query))
+    asked = values.get("ssl_cert_reqs") or query.get("ssl_cert_reqs") or "required"
+    query["ssl_cert_reqs"] = asked.lower().removeprefix("cert_")  # Celery's own spelling is CERT_NONE
+    if values.get("ssl_ca_certs"):
+        query["ssl_ca_certs"] = values["ssl_ca_certs"]
+    return urlunsplit(parts._replace(query=urlencode(query)))
 
 
 KEY_FILE = "secret_key"

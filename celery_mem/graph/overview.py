@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from redis.exceptions import NoPermissionError
+
 from celery_mem.graph.constraints import why_nobody_may_run
 from celery_mem.state.inspect import namespace_status
 from celery_mem.state.store import Store
@@ -50,6 +52,12 @@ def _unrunnable(store: Store, status: dict[str, Any], infos: dict[str, Any]) -> 
     if not status["generation"]:
         return []  # there is no namespace, and to ask would begin one
     joined = Store(store.link, store.settings, status["generation"], now_ms=store.now_ms)
+    try:
+        found = joined.unrunnable()
+    except (
+        NoPermissionError
+    ):  # that script also notes since when it is so; who may only read does not learn it
+        return []
     return [
         {
             "constraint": constraint,
@@ -57,5 +65,5 @@ def _unrunnable(store: Store, status: dict[str, Any], infos: dict[str, Any]) -> 
             "waiting": round(max(0.0, status["clock"] - since_ms / 1000), 3),
             "reason": why_nobody_may_run(constraint, infos) or "no worker is there",
         }
-        for constraint, (count, since_ms) in sorted(joined.unrunnable().items())
+        for constraint, (count, since_ms) in sorted(found.items())
     ]

@@ -253,6 +253,12 @@ class Link:
             except (*BROKEN, BusyLoadingError, ReadOnlyError, ResponseError) as error:
                 if isinstance(error, ResponseError) and not _passes(error):
                     raise
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    raise RedisUnavailableError(
+                        f"the certificate of Redis at {self.address} is not trusted: {error}; set "
+                        "mem_ssl_ca_certs to the file of its authority, or mem_ssl_cert_reqs = 'none' to "
+                        "take any, as on Heroku"
+                    ) from error
                 if isinstance(error, ReadOnlyError) or "READONLY" in str(error):
                     with self.lock:
                         self.close()  # another is the master now; after the others it is closed already
