@@ -268,6 +268,27 @@ def check(url: str | None, namespace: str | None, for_programs: bool, patience: 
 
 
 @mem.command()
+@where
+@as_json
+def doctor(url: str | None, namespace: str | None, for_programs: bool) -> None:
+    """Say what is wrong with this deployment, and what to set; exit code 1 if work is impossible or lost."""
+    from celery_mem.graph.doctor import ERROR, examine, gather_facts
+
+    store = look_at(url, namespace)
+    findings = examine(gather_facts(store, load_settings(url, namespace)))
+    is_ill = any(finding.level == ERROR for finding in findings)
+    if for_programs:
+        click.echo(_dump({"ok": not is_ill, "findings": [finding._asdict() for finding in findings]}))
+    else:
+        for finding in findings:
+            click.secho(f"{finding.level}: {finding.text}", fg="red" if finding.level == ERROR else "yellow")
+            click.echo(f"    {finding.advice}")
+        click.echo(f"namespace {store.keys.namespace}: {len(findings) or 'nothing'} to look at")
+    if is_ill:
+        sys.exit(1)
+
+
+@mem.command()
 @click.argument("file", type=click.Path(dir_okay=False), required=False)
 def keygen(file: str | None) -> None:
     """Make a key for mem_secret_key: print it, or put it ahead of those in FILE, which is made if need be.
@@ -315,6 +336,7 @@ def flower(
         from celery_mem.graph.tickets import broker_url
 
         app = Celery("celery_mem", broker=broker_url(load_settings(url, namespace).url))
+        app.conf.broker_pool_limit = 1  # small plans have few connections
         ctx.obj = CLIContext(app=app, no_color=True, workdir=None, quiet=False)
     ctx.invoke(plain_flower, tornado_argv=flower_options)
 

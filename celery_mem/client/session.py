@@ -112,7 +112,7 @@ class Session:
         self._join()
         self.listener = Listener(self)
         self.listener.start()
-        self._eviction = Eviction(self.bulk)
+        self._eviction = Eviction(self.store.link)
         self._eviction.warn()
         self._keeper = threading.Thread(target=self._keep, name="celery-mem-keeper", daemon=True)
         self._keeper.start()
@@ -368,10 +368,10 @@ class Session:
         self.check_open()
         keys = self.store.keys
         out: dict[str, list[str]] = {}
-        for node in self.bulk.call("ZRANGE", keys.fixed("nodes"), 0, -1):
-            slots = self.bulk.call("SMEMBERS", keys.of("node_slots", node.decode()))
+        for node in self.store.link.call("ZRANGE", keys.fixed("nodes"), 0, -1):
+            slots = self.store.link.call("SMEMBERS", keys.of("node_slots", node.decode()))
             running = (
-                self.bulk.batch([("HKEYS", keys.of("slot", s.decode())) for s in slots]) if slots else []
+                self.store.link.batch([("HKEYS", keys.of("slot", s.decode())) for s in slots]) if slots else []
             )
             out[node.decode()] = [key.decode() for found in running for key in found]
         return out
@@ -379,7 +379,7 @@ class Session:
     def count_nodes(self) -> int:
         """Count the nodes that have joined."""
         self.check_open()
-        n: int = self.bulk.call("ZCARD", self.store.keys.fixed("nodes"))
+        n: int = self.store.link.call("ZCARD", self.store.keys.fixed("nodes"))
         return n
 
     # --- notices ---

@@ -139,7 +139,10 @@ NODE = {
     "slots": "slots",
     "pid": "pid",
     "pool": "pool",
-    "versions": "versions",
+    "versions": "versions",  # JSON: package -> version
+    "shm": "shm",  # bytes free where shared memory is, when the worker began
+    "hashseed": "hashseed",  # PYTHONHASHSEED of its environment
+    "visibility": "visibility",  # seconds of the broker's visibility timeout, if that was set
     "hostname": "hostname",
     "dir": "dir",  # path of the node's folder in shared memory
     "control": "control",  # path of the folder of sockets of its processes

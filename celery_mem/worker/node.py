@@ -18,11 +18,12 @@ from celery import bootsteps
 from kombu.entity import Exchange, Queue
 
 from celery_mem.errors import CeleryMemError, ConfigError, SchemaError, UnsupportedPoolError
+from celery_mem.graph.doctor import own_versions
 from celery_mem.graph.tickets import send_tickets
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.limits import memory_limit
 from celery_mem.memory.process import own_identity
-from celery_mem.memory.roots import choose_root, remove_dead_folders
+from celery_mem.memory.roots import SHARED_MEMORY, choose_root, remove_dead_folders
 from celery_mem.memory.seal import warn_if_unsigned
 from celery_mem.state.eviction import Eviction
 from celery_mem.state.keys import NODE
@@ -91,6 +92,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             limit=str(self.limit),
             resources=self.resources,
             status="running",
+            **self._for_doctor(parent),
         )
         self.own_queue = f"{queue}@{parent.hostname}"
         # By the default exchange: a binding of its own would be left behind, in Redis for ever.
@@ -116,6 +118,17 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         except CeleryMemError as error:
             log.warning("node %s joins later: %s", parent.hostname, error)
         log.info("node %s: %s slots (%s)", parent.hostname, self.slots, self.pool)
+
+    def _for_doctor(self, parent: Any) -> dict[str, Any]:
+        """What graph/doctor.py looks at."""
+        told: dict[str, Any] = {"versions": own_versions(), "hashseed": os.environ.get("PYTHONHASHSEED", "")}
+        with contextlib.suppress(OSError):
+            room = os.statvfs(self.settings.shm_folder or SHARED_MEMORY)
+            told["shm"] = str(room.f_bavail * room.f_frsize)
+        options = parent.app.conf.broker_transport_options or {}
+        if "visibility_timeout" in options:
+            told["visibility"] = str(options["visibility_timeout"])
+        return told
 
     def stop(self, parent: Any) -> None:
         """Take no more tickets; the agent stays until all else is gone and then signs the node off."""

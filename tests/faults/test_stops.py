@@ -94,6 +94,17 @@ def test_what_another_client_holds_is_not_stopped_unless_by_force(
     assert ended(deployment, "forced") == ["TaskInterrupt cancelled"]
 
 
+def test_what_a_task_of_another_client_needs_is_not_stopped(deployment: Deployment, client: Client) -> None:
+    future = start(deployment, client, tasks.wait_for_word, "needed", "word")
+    with deployment.client() as other:
+        theirs = other.submit(tasks.add, other.future(future.key), ".")
+        other.session.flush()
+        future.cancel()
+        deployment.redis.rpush("go:needed", "x")
+        assert theirs.result(timeout=60) == "word."
+        assert deployment.runs() == {"needed": 1}
+
+
 def test_what_runs_for_a_cancelled_input_is_stopped_too(deployment: Deployment, client: Client) -> None:
     data = client.scatter(list(range(100_000)), as_one=True)  # too large to become part of the task
     start(deployment, client, tasks.spin_on, "dependent", data)

@@ -1,42 +1,121 @@
 """The Procfile, run as Heroku or any other process manager would."""
 
+from __future__ import annotations
+
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from redis import Redis
 
 from celery_mem import Client, LocalCluster
+from tests.deployment import wait_until
 from tests.local.conftest import all_gone
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.skipif(
+    not (BIN / "celery-mem").exists() or not (BIN / "honcho").exists(), reason="not installed here"
+)
 
 
-@pytest.mark.skipif(not (BIN / "celery-mem").exists(), reason="the package is not installed here")
-def test_the_procfile_is_a_whole_deployment() -> None:
+class Dynos(NamedTuple):
+    """The processes of a Procfile, and where they are.
+
+    Attributes:
+        url: of their Redis, which has nobody else.
+        port: of the web process, if it runs.
+        environ: what they are told.
+    """
+
+    url: str
+    port: int
+    environ: dict[str, str]
+
+
+@contextmanager
+def start(url: str, *names: str) -> Iterator[Dynos]:
+    """Run some processes of the Procfile; at the end all get the signal that Heroku sends, and are gone."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    environ = os.environ | {
+        "REDIS_URL": url,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PORT": str(port),
+        "WEB_CONCURRENCY": "2",
+        "DYNO": "worker.1",
+    }
+    command = [str(BIN / "honcho"), "-f", str(ROOT / "Procfile"), "start", *names]
+    with subprocess.Popen(
+        command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
+    ) as honcho:
+        family: list[psutil.Process] = []
+        try:
+            # Honcho gives each process a port of its own, 100 apart for each kind, from the first one on.
+            yield Dynos(url, port, environ)
+            family = psutil.Process(honcho.pid).children(recursive=True)
+        finally:
+            honcho.send_signal(signal.SIGTERM)
+    assert all_gone(family, timeout=30)
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
     with LocalCluster(0, coordinators=0) as redis_only:
-        environ = os.environ | {
-            "CELERY_MEM_URL": redis_only.url,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "WEB_CONCURRENCY": "1",
-            "DYNO": "worker.1",
-        }
-        command = [str(BIN / "honcho"), "-f", str(ROOT / "Procfile"), "start", "worker", "coordinator"]
-        with subprocess.Popen(
-            command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        ) as honcho:
+        yield redis_only.url
+
+
+def connections(url: str) -> list[str]:
+    """What Redis says of its connections, without this one's."""
+    with Redis.from_url(url, protocol=2) as redis:
+        own = str(redis.client_id())
+        return [str(client["cmd"]) for client in redis.client_list() if client["id"] != own]
+
+
+def doctor(dynos: Dynos) -> dict[str, Any]:
+    """What the release phase finds; it must not fail."""
+    command = [str(BIN / "celery-mem"), "doctor", "--json"]
+    done = subprocess.run(command, env=dynos.environ, check=True, capture_output=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_worker_and_coordinator_do_a_job_over_few_connections(url: str) -> None:
+    with start(url, "worker", "coordinator") as dynos:
+        with Client(url, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=60)
+            assert client.gather(client.map(pow, range(100), [2] * 100), timeout=60)[9] == 81
+            assert [name.partition("@")[0] for name in client.info()["nodes"]] == ["worker-worker.1"]
+            wait_until(lambda: client.info()["leader"], "a coordinator to lead")
+            found = connections(url)
+            assert len(found) <= 16, found  # the smallest plans have 20
+        rules = {finding["rule"] for finding in doctor(dynos)["findings"]}
+        assert rules <= {"persistence", "hash seed"}, rules
+
+
+def test_with_the_web_process_all_stays_within_25_connections(url: str) -> None:
+    with start(url, "web", "worker", "coordinator") as dynos, Client(url, set_as_default=False) as client:
+        client.wait_for_workers(1, timeout=60)
+        assert client.submit(sum, [1, 2]).result(timeout=60) == 3
+
+        def page() -> str:
             try:
-                with Client(redis_only.url, set_as_default=False) as client:
-                    client.wait_for_workers(1, timeout=60)
-                    assert client.submit(sum, [1, 2]).result(timeout=60) == 3
-                    assert [name.partition("@")[0] for name in client.info()["nodes"]] == ["worker-worker.1"]
-                family = psutil.Process(honcho.pid).children(recursive=True)
-                release = [str(BIN / "celery-mem"), "check"]  # the release phase
-                subprocess.run(release, env=environ, check=True, stdout=subprocess.DEVNULL)
-            finally:
-                honcho.send_signal(signal.SIGTERM)
-        assert all_gone(family, timeout=30)
+                with urllib.request.urlopen(f"http://127.0.0.1:{dynos.port}/memory", timeout=5) as answer:
+                    return str(answer.read().decode())
+            except OSError:
+                return ""
+
+        wait_until(lambda: "worker" in page().lower(), "Flower to answer")
+        client.gather(client.map(pow, range(100), [3] * 100), timeout=60)
+        found = connections(url)
+        assert len(found) <= 25, found
