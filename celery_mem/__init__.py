@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from celery_mem.client.client import Client as Client
+    from celery_mem.client.current import get_client as get_client
     from celery_mem.client.future import Future as Future
     from celery_mem.client.lifetimes import fire_and_forget as fire_and_forget
     from celery_mem.client.progress import progress as progress
@@ -25,6 +26,7 @@ _HOMES = {
     "as_completed": "celery_mem.client.waiting",
     "fire_and_forget": "celery_mem.client.lifetimes",
     "futures_of": "celery_mem.graph.collections",
+    "get_client": "celery_mem.client.current",
     "install": "celery_mem.worker.install",
     "progress": "celery_mem.client.progress",
     "wait": "celery_mem.client.waiting",
@@ -37,6 +39,7 @@ __all__ = [
     "as_completed",
     "fire_and_forget",
     "futures_of",
+    "get_client",
     "install",
     "progress",
     "wait",

@@ -78,6 +78,29 @@ class UnsupportedPoolError(CeleryMemError):
     """This Celery pool cannot run graph tasks; use prefork, threads or solo."""
 
 
+class UnknownAppTaskError(CeleryMemError):
+    """A worker's Celery app has no task of this name.
+
+    Args:
+        name: of the task.
+        node: where it was to run.
+        known: names of the tasks that the app has there.
+    """
+
+    def __init__(self, name: str, node: str, known: tuple[str, ...]) -> None:
+        super().__init__(name, node, known)
+        self.name = name
+        self.node = node
+        self.known = known
+
+    def __str__(self) -> str:
+        there = ", ".join(name for name in self.known if not name.startswith("celery")) or "none"
+        return (
+            f"the app of {self.node} has no task {self.name!r}; it has {there}. Does its worker run the app "
+            "that registers it? Other workers can be left out by workers= or queue="
+        )
+
+
 class GraphCycleError(CeleryMemError, ValueError):
     """A graph depends on itself.
 

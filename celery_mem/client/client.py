@@ -6,7 +6,7 @@ import html
 import itertools
 import logging
 import os
-import queue
+import queue as queues
 import re
 import threading
 import time
@@ -26,6 +26,7 @@ from celery_mem.client.placing import Placing
 from celery_mem.client.reading import Found
 from celery_mem.client.scattering import Scattering
 from celery_mem.client.session import Session
+from celery_mem.client.signatures import is_signature, submit_signature
 from celery_mem.client.states import (
     CANCELLED,
     ERROR,
@@ -44,12 +45,12 @@ from celery_mem.errors import (
     DataLostError,
     FutureCancelledError,
     MissingKeyError,
-    UnboundFutureError,
 )
 from celery_mem.graph import collections as lowering
 from celery_mem.graph import inside
+from celery_mem.graph.app_tasks import as_app_task, is_app_task
 from celery_mem.graph.calls import encode_arrangement, encode_function, name_of, token_of
-from celery_mem.graph.constraints import Resources, Workers
+from celery_mem.graph.constraints import Resources, Workers, with_queue
 from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
@@ -129,7 +130,7 @@ class Client(DataMethods, LifetimeMethods):
                 self.cluster.close()
             raise
         self.pid = os.getpid()
-        self._callbacks: queue.SimpleQueue[tuple[Callable[[Future], Any], Future] | None] | None = None
+        self._callbacks: queues.SimpleQueue[tuple[Callable[[Future], Any], Future] | None] | None = None
         self._unique = f"{uuid.uuid4().hex[:12]}"
         self._numbers = itertools.count()
         self._token: Any = None
@@ -171,10 +172,7 @@ class Client(DataMethods, LifetimeMethods):
         Raises:
             UnboundFutureError: there is none.
         """
-        client = current.find_client()
-        if client is None:
-            raise UnboundFutureError("there is no client in this process; make one: Client(url)")
-        return client
+        return current.get_client()
 
     # --- submit ---
 
@@ -189,11 +187,16 @@ class Client(DataMethods, LifetimeMethods):
         workers: Workers = None,
         allow_other_workers: bool | None = None,
         resources: Resources = None,
+        queue: str | None = None,
         durable: bool = False,
         timeout: float | None = None,
         **kwargs: Any,
-    ) -> Future:
+    ) -> Any:
         """Run `func(*args, **kwargs)` on the cluster.
+
+        A task of a Celery app is run by the app of the worker, under its name; `self.request.id` is the key.
+        A signature (`add.s(2, 3)`, a chain, group or chord) becomes tasks that depend on each other: a group
+        gives a list of futures, all else one. Arguments go ahead of its own, as Celery has it.
 
         Futures among the arguments, nested in containers or in other objects too, are dependencies: in
         containers their results arrive, in other objects the futures themselves, bound to a client of the
@@ -210,6 +213,7 @@ class Client(DataMethods, LifetimeMethods):
                 says so.
             allow_other_workers: the workers are tried first, and others may run it when these are busy.
             resources: what it takes of its node while it runs, by name, such as `{"GPU": 1}`.
+            queue: only workers that consume this Celery queue may run it.
             durable: write the result to Redis, or under `mem_durable_url`, as soon as it is made. It then
                 outlives all workers, and how it was made is forgotten.
             timeout: seconds that one run of the task may take. Then TaskInterrupt is raised inside it, and if
@@ -223,8 +227,22 @@ class Client(DataMethods, LifetimeMethods):
             Small calls are sent some milliseconds later, together. What Redis has against one its future
             raises: StoreFullError, or MissingKeyError for a future in an object whose task is gone.
         """
+        if is_signature(func):
+            given = {
+                "pure": pure,
+                "retries": retries,
+                "priority": priority,
+                "workers": workers,
+                "queue": queue,
+            }
+            given |= {"resources": resources, "durable": durable, "timeout": timeout, **kwargs}
+            given["allow_other_workers"] = allow_other_workers
+            return submit_signature(self, func, args, given | ({} if key is None else {"key": key}))
         if not callable(func):
             raise TypeError(f"submit wants a function and its arguments, not {func!r}")
+        if is_app_task(func):
+            func, retries = as_app_task(func, retries)
+        resources = with_queue(resources, queue)
         function = encode_function(func)
         if key is None:
             token = token_of(function, args, kwargs, self._text_of) if pure else self.fresh_token()
@@ -252,6 +270,7 @@ class Client(DataMethods, LifetimeMethods):
         workers: Workers = None,
         allow_other_workers: bool | None = None,
         resources: Resources = None,
+        queue: str | None = None,
         durable: bool = False,
         timeout: float | None = None,
         **kwargs: Any,
@@ -261,15 +280,18 @@ class Client(DataMethods, LifetimeMethods):
         Args:
             key: a prefix for the keys, or one key per call.
             batch_size: ignored; tasks always go to Redis in chunks.
-            workers, allow_other_workers, resources, durable, timeout: of each task, as in `submit`.
+            workers, allow_other_workers, resources, queue, durable, timeout: of each task, as in `submit`.
             kwargs: given to every call; large ones are stored once.
         Raises:
             TypeError: an argument is an iterator or a queue, whose end nobody knows.
         """
         if not callable(func):
             raise TypeError(f"map wants a function and iterables, not {func!r}")
+        if is_app_task(func):
+            func, retries = as_app_task(func, retries)
+        resources = with_queue(resources, queue)
         for it in iterables:
-            if isinstance(it, Iterator | queue.Queue):
+            if isinstance(it, Iterator | queues.Queue):
                 raise TypeError(
                     f"map wants lists or other collections, not the iterator {it!r}; use list(...)"
                 )
@@ -650,7 +672,7 @@ class Client(DataMethods, LifetimeMethods):
         """Run `fn(future)` in the callback thread when the key is final."""
         with self._session.lock:
             if self._callbacks is None:
-                self._callbacks = queue.SimpleQueue()
+                self._callbacks = queues.SimpleQueue()
                 threading.Thread(
                     target=_run_callbacks, args=(self._callbacks,), name="celery-mem-callbacks", daemon=True
                 ).start()
@@ -927,7 +949,7 @@ def _refuse(kwargs: Mapping[str, Any], method: str) -> None:
         raise TypeError(f"{method}() got unexpected arguments: {', '.join(kwargs)}")
 
 
-def _run_callbacks(calls: queue.SimpleQueue[tuple[Callable[[Future], Any], Future] | None]) -> None:
+def _run_callbacks(calls: queues.SimpleQueue[tuple[Callable[[Future], Any], Future] | None]) -> None:
     while (item := calls.get()) is not None:
         fn, future = item
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import dask.config
 
+from celery_mem.errors import UnboundFutureError
 from celery_mem.graph import inside
 from celery_mem.graph.collections import TASK_SHUFFLES
 
@@ -67,6 +68,21 @@ def find_client() -> Client | None:
         if not client.closed:
             return client
     return _find_in_worker()
+
+
+def get_client() -> Client:
+    """Return the client of this context; in a worker, also in a plain task of Celery, the process's own.
+
+    What such a task holds is kept for as long as its futures live: a graph task that it started goes on
+    when it ends without them only with `fire_and_forget`.
+
+    Raises:
+        UnboundFutureError: there is none.
+    """
+    client = find_client()
+    if client is None:
+        raise UnboundFutureError("there is no client in this process; make one: Client(url)")
+    return client
 
 
 def _find_in_worker() -> Client | None:

@@ -371,7 +371,9 @@ class Session:
         for node in self.store.link.call("ZRANGE", keys.fixed("nodes"), 0, -1):
             slots = self.store.link.call("SMEMBERS", keys.of("node_slots", node.decode()))
             running = (
-                self.store.link.batch([("HKEYS", keys.of("slot", s.decode())) for s in slots]) if slots else []
+                self.store.link.batch([("HKEYS", keys.of("slot", s.decode())) for s in slots])
+                if slots
+                else []
             )
             out[node.decode()] = [key.decode() for found in running for key in found]
         return out

@@ -8,7 +8,6 @@ from typing import Any
 from celery_mem.config import Settings
 from celery_mem.coordinator.duty import CALLS_AT_ONCE, Duty
 from celery_mem.graph.killed import give_up_slot
-from celery_mem.state.keys import META
 
 log = logging.getLogger("celery_mem.coordinator")
 
@@ -58,11 +57,9 @@ class NodeQueues(Duty):
         self._seen: dict[str, str] = {}
 
     def run_once(self, fence: str) -> int:
-        keys, link = self.store.keys, self.store.link
-        names, queue = link.batch(
-            [("ZRANGE", keys.fixed("nodes"), 0, -1), ("HGET", keys.fixed("meta"), META["queue"])]
-        )
-        now = {name.decode(): f"{(queue or b'').decode()}@{name.decode()}" for name in names}
+        keys = self.store.keys
+        names = [name.decode() for name in self.store.link.call("ZRANGE", keys.fixed("nodes"), 0, -1)]
+        now = {name: keys.own_queue(name) for name in names}
         gone = self._seen.keys() - now.keys()
         for node in gone:
             self.outside.delete_queue(self._seen[node])

@@ -164,3 +164,20 @@ def _has(offer: Mapping[str, Any], amounts: Mapping[str, float]) -> bool:
 
 def _offer(resources: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {float(amount):g}" for name, amount in resources.items()) or "nothing declared"
+
+
+QUEUE = "queue:"
+ENOUGH = 1e9
+"""What a node has of a queue that it consumes: as much as tasks can ask for."""
+
+
+def with_queue(resources: Resources, queue: str | None) -> Resources:
+    """Return the resources of a task that only workers of a Celery queue may run.
+
+    A queue is a resource of which those workers have no end: no other rule is needed.
+    """
+    if queue is None:
+        return resources
+    if not queue:
+        raise ValueError("queue: the name of a Celery queue, not an empty text")
+    return {**(resources or {}), f"{QUEUE}{queue}": 1}

@@ -36,6 +36,9 @@ class Worker(Protocol):
     def task_priority(self) -> float | None:
         """Return the priority of the task that this context runs; None outside of tasks."""
 
+    def task_key(self) -> str | None:
+        """Return the key text of the task that this context runs; None outside of tasks."""
+
     def at_exit(self, call: Callable[[], Any]) -> None:
         """Have `call` called when this process ends in good order."""
 

@@ -178,6 +178,10 @@ class Keys:
         """Return the key of a `kind` in `PREFIXES` that belongs to `name`."""
         return self.prefix + PREFIXES[kind] + name
 
+    def own_queue(self, node: str) -> str:
+        """Return the name of the Celery queue that one node alone takes tickets from."""
+        return f"celery-mem.{self.namespace}@{node}"
+
     def blob(self, token: str, key: str) -> str:
         """Return the key of the blob that `token` names."""
         return f"{self.prefix}{PREFIXES['blob']}{token}:{key}"

@@ -153,7 +153,7 @@ class InProcessCluster:
     def _work(self, node: str) -> None:
         """Be one slot of a node."""
         try:
-            while (ticket := self.app.take((QUEUE, f"{QUEUE}@{node}"))) is not None:
+            while (ticket := self.app.take((QUEUE, self.store.keys.own_queue(node)))) is not None:
                 try:
                     run_ticket(self.app, self.settings, node, ticket)
                 except Exception:

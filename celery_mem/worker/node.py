@@ -14,10 +14,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from celery import bootsteps
+from celery import bootsteps, signals
 from kombu.entity import Exchange, Queue
 
 from celery_mem.errors import CeleryMemError, ConfigError, SchemaError, UnsupportedPoolError
+from celery_mem.graph.constraints import ENOUGH, QUEUE
 from celery_mem.graph.doctor import own_versions
 from celery_mem.graph.tickets import send_tickets
 from celery_mem.memory.files import NodeFolder
@@ -26,12 +27,12 @@ from celery_mem.memory.process import own_identity
 from celery_mem.memory.roots import SHARED_MEMORY, choose_root, remove_dead_folders
 from celery_mem.memory.seal import warn_if_unsigned
 from celery_mem.state.eviction import Eviction
-from celery_mem.state.keys import NODE
+from celery_mem.state.keys import META, NODE, Keys
 from celery_mem.state.store import Store, node_news
 from celery_mem.worker import children
 from celery_mem.worker.agent import AGENT_SIGNALS
 from celery_mem.worker.control import Control, make_control, report_exits
-from celery_mem.worker.tickets import close_interrupts, close_memory
+from celery_mem.worker.tickets import close_interrupts, close_memory, know_worker
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -74,13 +75,21 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         parent.app.mem_control = self.control
         if self.pool == "prefork":
             children.limit_memory(parent, self.limit // self.slots)
-        elif self.slots > 1:
+            signals.worker_process_init.connect(
+                lambda **_: know_worker(parent.app, self.settings, parent.hostname), weak=False
+            )
+        else:
+            know_worker(parent.app, self.settings, parent.hostname)
+        if self.pool != "prefork" and self.slots > 1:
             # What its threads would import at any time, and at the same time; see `serialize.loads`.
             importlib.import_module("celery_mem.client.client")
 
     def start(self, parent: Any) -> None:
         """Announce the node, start its agent, and call for work that waits already."""
-        queue = self.settings.queue or _consumed_queue(parent.app)
+        consumed = list(parent.app.amqp.queues.consume_from)
+        default = self.settings.queue or parent.app.conf.task_default_queue
+        takes_all = default in consumed or not consumed
+        queue = default if takes_all else consumed[0]
         self.news = node_news(
             queue=queue,
             slots=str(self.slots),
@@ -90,11 +99,11 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             dir=parent.app.mem_folder,
             control=self.control.folder,
             limit=str(self.limit),
-            resources=self.resources,
+            resources={f"{QUEUE}{name}": ENOUGH for name in consumed} | self.resources,
             status="running",
             **self._for_doctor(parent),
         )
-        self.own_queue = f"{queue}@{parent.hostname}"
+        self.own_queue = Keys(self.settings.namespace).own_queue(parent.hostname)
         # By the default exchange: a binding of its own would be left behind, in Redis for ever.
         parent.app.amqp.queues.select_add(
             Queue(self.own_queue, Exchange(""), self.own_queue, durable=False, auto_delete=True)
@@ -110,6 +119,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             # The agent would do this too, a moment later; and it does if there is no Redis yet.
             store = Store.connect(self.settings.replace(retry_timeout=ANNOUNCE_S))
             Eviction(store.link).warn()
+            if not takes_all and store.link.call("HGET", store.keys.fixed("meta"), META["queue"]):
+                self.news["queue"] = ""  # tickets for any worker go where most of them look
             store.heartbeat(parent.hostname, **self.news)
             send_tickets(parent.app, store.call_tickets())
             store.link.close()
@@ -241,9 +252,3 @@ def parse_resources(text: str | None) -> dict[str, float]:
         if not (sign and name.strip() and found[name.strip()] >= 0):
             raise ConfigError(f"--mem-resources takes pairs such as GPU=2,TPU=1, not {text!r}")
     return found
-
-
-def _consumed_queue(app: Any) -> str:
-    names = list(app.amqp.queues.consume_from)
-    default: str = app.conf.task_default_queue
-    return default if default in names or not names else str(names[0])

@@ -55,6 +55,11 @@ def run_ticket(app: Celery, settings: Settings, node: str, ticket: str) -> int:
         raise
 
 
+def know_worker(app: Celery, settings: Settings, node: str) -> None:
+    """Let tasks of this process find their worker, plain ones of Celery too."""
+    inside.worker = Host(app, settings, node)
+
+
 def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
     slot: Slot | None = getattr(_local, "slot", None)
     if slot is None or _local.pid != os.getpid() or slot.node != node:
@@ -162,6 +167,10 @@ class Host:
     def task_priority(self) -> float | None:
         driver = _driver()
         return None if driver is None or driver.task is None else driver.slot.priority_of(driver.task)
+
+    def task_key(self) -> str | None:
+        driver = _driver()
+        return None if driver is None or driver.task is None else driver.task.key
 
     def at_exit(self, call: Callable[[], Any]) -> None:
         def end(**_: Any) -> None:

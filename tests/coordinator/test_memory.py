@@ -339,7 +339,7 @@ def test_the_queue_of_a_node_that_is_gone_is_deleted(scene: Scene) -> None:
     while not scene.store.leave_node("b@one").is_over:
         pass
     scene.run_for(2)
-    assert scene.deleted == ["queue@b@one"]
+    assert scene.deleted == [scene.store.keys.own_queue("b@one")]
 
 
 def test_a_dead_node_with_many_results_is_given_up_in_bounded_calls(scene: Scene) -> None:

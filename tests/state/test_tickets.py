@@ -61,19 +61,19 @@ def idle(store: Store) -> set[str]:
 def test_work_for_a_node_calls_its_idle_slots_then_the_rest_of_its_slots_by_tickets_of_its_own(space):
     wait_for_work(space, A + "1", B + "1")
 
-    assert submit(space, "k0", "k1", deps=["x"]) == ["q@" + A]
+    assert submit(space, "k0", "k1", deps=["x"]) == [space.keys.own_queue(A)]
     assert idle(space) == {B + "1"}
 
 
 def test_a_node_never_gets_more_tickets_than_it_has_slots(space):
-    assert submit(space, *"abcde", deps=["x"]) == ["q@" + A] * 2
+    assert submit(space, *"abcde", deps=["x"]) == [space.keys.own_queue(A)] * 2
     assert submit(space, "f", deps=["x"]) == []
 
 
 def test_work_that_others_may_steal_calls_them_too(space):
     put(space, "small", SMALL)
 
-    assert submit(space, *"abcde", deps=["small"]) == ["q@" + A] * 2 + ["q"] * 2
+    assert submit(space, *"abcde", deps=["small"]) == [space.keys.own_queue(A)] * 2 + ["q"] * 2
 
 
 def test_a_ticket_that_was_taken_makes_room_for_another(space):
@@ -81,13 +81,13 @@ def test_a_ticket_that_was_taken_makes_room_for_another(space):
     space.step(A + "1", A, ticket=first.id, want=1)
 
     assert read(space).node_tickets == set()
-    assert submit(space, "k2", deps=["x"]) == ["q@" + A]
+    assert submit(space, "k2", deps=["x"]) == [space.keys.own_queue(A)]
 
 
 def test_work_under_a_constraint_calls_only_nodes_that_meet_it(space):
     wait_for_work(space, A + "1")
 
-    assert submit(space, "a", "b", "c", constraint=ONLY_B) == ["q@" + B] * 2
+    assert submit(space, "a", "b", "c", constraint=ONLY_B) == [space.keys.own_queue(B)] * 2
     assert submit(space, "d", constraint=GPU) == []
     assert idle(space) == {A + "1"}
 
@@ -110,7 +110,7 @@ def test_a_slot_that_leaves_calls_others_for_what_waits_for_its_node(space):
     assert submit(space, "k", deps=["x"]) == []
     reply = space.step(A + "1", A, want=0, mode="q", back=[("a", first.attempt)])
 
-    assert sorted(ticket.queue for ticket in reply.tickets) == ["q", "q@" + A]
+    assert sorted(ticket.queue for ticket in reply.tickets) == ["q", space.keys.own_queue(A)]
 
 
 def test_lost_tickets_of_a_node_are_sent_again_when_their_lease_is_over(space):
@@ -118,7 +118,7 @@ def test_lost_tickets_of_a_node_are_sent_again_when_their_lease_is_over(space):
     assert space.call_tickets() == []  # they are on their way
     pass_time(space, 30_001)
 
-    assert [ticket.queue for ticket in space.call_tickets()] == ["q@" + A] * 2
+    assert [ticket.queue for ticket in space.call_tickets()] == [space.keys.own_queue(A)] * 2
 
 
 def test_a_node_that_leaves_its_tickets_lie_may_be_stolen_from(space):

@@ -331,7 +331,7 @@ class Arena:
 
     def _take_ticket(self, seconds: float = 1.5) -> tuple[str, bytes] | None:
         """Take a message off the broker as a worker does."""
-        queues = ["shop", *(f"shop@{self.deployment.node(name)}" for name in NODES)]
+        queues = ["shop", *(f"celery-mem.mem@{self.deployment.node(name)}" for name in NODES)]
         taken = self.deployment.redis.brpop(queues, timeout=seconds)
         if taken is None:
             return None

@@ -59,13 +59,16 @@ local function reserve_tickets(work, lease_ms, out)
   if n > 0 then reserve(n, lease_ms, meta[2] or '', '', out) end
 end
 
+-- The Celery queue that one node alone takes tickets from, as `Keys.own_queue` names it.
+local function own_queue(node) return 'celery-mem.' .. string.sub(P, 2, -3) .. '@' .. node end
+
 -- Reserve tickets that only one node takes; returns how many. They go to a Celery queue of its own.
 local function reserve_node_tickets(node, work, lease_ms, out)
   if work <= 0 or not takes_tasks(node) then return 0 end
   local sent = redis.call('ZCOUNT', P .. K.node_tickets .. node, now(), '+inf')
   local n = math.min(node_of(node).slots - redis.call('SCARD', P .. K.node_slots .. node) - sent, work)
   if n <= 0 then return 0 end
-  reserve(n, lease_ms, (redis.call('HGET', KEYS[1], M.queue) or '') .. '@' .. node, '@' .. node, out)
+  reserve(n, lease_ms, own_queue(node), '@' .. node, out)
   return n
 end
 

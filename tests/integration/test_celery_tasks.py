@@ -1,0 +1,123 @@
+"""Tasks and signatures of the user's Celery app in a graph, a graph in the user's tasks, and queues."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+from celery import chain, chord, group
+
+from celery_mem import Client
+from celery_mem.errors import UnknownAppTaskError
+from celery_mem.graph.tickets import broker_url
+from tests import tasks
+from tests.deployment import Deployment
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    """A worker of the app, and one that consumes a queue of its own."""
+    with Deployment(ticket_lease=2.0) as it:
+        it.start_coordinator()
+        it.start_worker("w0", app="tests.worker.shop", slots=2)
+        it.start_worker("w1", "-Q", "reports", app="tests.worker.shop")
+        yield it
+
+
+@pytest.fixture
+def client(deployment: Deployment) -> Iterator[Client]:
+    deployment.forget_runs()
+    with deployment.client() as client:
+        yield client
+    deployment.check_empty()
+
+
+@pytest.fixture(scope="module")
+def shop(deployment: Deployment) -> Any:
+    """The module of the app, as a client has it."""
+    with mock.patch.dict(os.environ, {"CELERY_MEM_URL": deployment.url}):
+        import tests.worker.shop as module
+    module.app.conf.broker_url = module.app.conf.result_backend = broker_url(deployment.url)
+    return module
+
+
+class TestATask:
+    def test_takes_futures_and_is_called_once_for_equal_calls(self, client: Client, shop: Any) -> None:
+        first = client.submit(shop.price, 2)
+        again = client.submit(shop.price, 2)
+        assert client.submit(shop.price, first).result(timeout=60) == 18
+        assert first.key == again.key
+        assert first.key.startswith("price-")
+
+    def test_is_mapped(self, client: Client, shop: Any) -> None:
+        assert client.gather(client.map(shop.price, range(5)), timeout=60) == [0, 3, 6, 9, 12]
+
+    def test_has_a_request_with_the_key_as_its_id(self, client: Client, shop: Any) -> None:
+        future = client.submit(shop.about_request)
+        assert future.result(timeout=60) == (future.key, "tests.worker.shop.about_request")
+
+    def test_is_retried_as_it_says(self, client: Client, shop: Any, deployment: Deployment) -> None:
+        assert client.submit(shop.fails_at_first, "counter:a", 3).result(timeout=60) == 4
+        with pytest.raises(ConnectionError):
+            client.submit(shop.fails_at_first, "counter:b", 4).result(timeout=60)
+        deployment.redis.delete("counter:a", "counter:b")
+
+    def test_that_the_worker_does_not_have_is_named(self, client: Client, shop: Any) -> None:
+        @shop.app.task(name="only.here")
+        def only_here() -> None:
+            """Registered in the client's process alone."""
+
+        with pytest.raises(UnknownAppTaskError, match=r"has no task 'only.here'; it has .*shop\.price"):
+            client.submit(only_here).result(timeout=60)
+
+
+class TestASignature:
+    def test_is_one_task(self, client: Client, shop: Any) -> None:
+        assert client.submit(shop.price.s(7)).result(timeout=60) == 21
+
+    def test_of_a_chain_hands_results_on(self, client: Client, shop: Any) -> None:
+        sig = chain(shop.price.s(1), shop.price.s(), shop.price.s())
+        assert client.submit(sig).result(timeout=60) == 27
+        assert client.submit(chain(shop.price.s(1), shop.price.si(5))).result(timeout=60) == 15
+
+    def test_of_a_group_is_a_list(self, client: Client, shop: Any) -> None:
+        futures = client.submit(group(shop.price.s(n) for n in range(4)))
+        assert client.gather(futures, timeout=60) == [0, 3, 6, 9]
+
+    def test_of_a_chord_gives_the_body_all(self, client: Client, shop: Any) -> None:
+        assert (
+            client.submit(chord((shop.price.s(n) for n in range(4)), shop.total.s())).result(timeout=60) == 18
+        )
+        upgraded = chain(group(shop.price.s(n) for n in range(3)), shop.total.s(), shop.price.s())
+        assert client.submit(upgraded).result(timeout=60) == 27
+
+    def test_takes_futures_as_arguments(self, client: Client, shop: Any) -> None:
+        made = client.submit(tasks.inc, 9)
+        assert client.submit(shop.price.s(made)).result(timeout=60) == 30
+        assert client.submit(shop.price.s(), made).result(timeout=60) == 30
+
+    def test_with_an_option_that_means_nothing_here_is_refused(self, client: Client, shop: Any) -> None:
+        with pytest.raises(ValueError, match=r"shop\.price: the option countdown=10"):
+            client.submit(shop.price.s(1).set(countdown=10))
+
+
+def test_a_plain_task_may_have_a_graph_computed(client: Client, shop: Any) -> None:
+    result = shop.fan_out.apply_async((10,), queue="shop")
+    try:
+        assert result.get(timeout=60) == sum(3 * n for n in range(10))
+    finally:
+        result.forget()
+
+
+def test_a_queue_says_whose_workers_may_run_a_task(client: Client, deployment: Deployment, shop: Any) -> None:
+    nodes = client.map(tasks.node_name, range(10), queue="reports")
+    assert set(client.gather(nodes, timeout=60)) == {deployment.node("w1")}
+    nodes = client.map(tasks.node_name, range(10, 20), queue="shop")
+    assert set(client.gather(nodes, timeout=60)) == {deployment.node("w0")}
+    routed = client.submit(shop.price.s(3).set(queue="reports"))
+    assert routed.result(timeout=60) == 9
+    with pytest.raises(ValueError, match="queue"):
+        client.submit(tasks.inc, 1, queue="")
