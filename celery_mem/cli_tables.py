@@ -10,6 +10,8 @@ from rich.console import Group as Lines
 from rich.table import Table
 from rich.text import Text
 
+from celery_mem.graph.constraints import ENOUGH
+
 LISTED = 20
 """Names that are shown of a long list."""
 
@@ -61,7 +63,9 @@ def _names(names: Sequence[str]) -> str:
 
 def _memory(name: str, node: Mapping[str, Any]) -> list[Text]:
     sizes = [_size(node["memory"].get(kind)) for kind in ("files", "live", "spilled")]
-    resources = ", ".join(f"{what} {amount:g}" for what, amount in sorted(node["resources"].items()))
+    resources = ", ".join(
+        f"{what} {amount:g}" for what, amount in sorted(node["resources"].items()) if amount < ENOUGH
+    )
     limit = _size(node["limit"]) if node["limit"] else "none"
     cells = [Text(cell) for cell in (name, f"{node['keys']:,}", *sizes, limit, resources or "none")]
     return [*cells, Text("running") if node["status"] == "running" else _warning(node["status"])]
