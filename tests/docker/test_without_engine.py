@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket as socket_module
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -56,7 +58,8 @@ def is_sent_to_the_engine(path: str) -> bool:
 
 
 def test_all_that_the_image_copies_is_there_and_sent() -> None:
-    sources = [source for rest in told("COPY") for source in rest.split()[:-1]]
+    own = [rest for rest in told("COPY") if not rest.startswith("--from=")]
+    sources = [source for rest in own for source in rest.split()[:-1]]
     assert sources
     for source in sources:
         assert (ROOT / source).exists(), source
@@ -64,7 +67,8 @@ def test_all_that_the_image_copies_is_there_and_sent() -> None:
 
 
 def test_the_image_has_a_python_that_the_package_takes() -> None:
-    (base,) = told("FROM")
+    build, base = told("FROM")
+    assert build == f"{base} AS build"
     version = base.removeprefix("python:").partition("-")[0]
     required = next(
         line for line in (ROOT / "pyproject.toml").read_text().splitlines() if "requires-python" in line
@@ -76,7 +80,7 @@ def test_the_image_and_the_services_agree_on_the_address() -> None:
     environ = dict(word.split("=", 1) for rest in told("ENV") for word in rest.split())
     assert environ["CELERY_MEM_URL"] == "redis://redis:6379/0"
     assert "6379" in SERVICES["redis"]["ports"][0]
-    for name in ("worker", "coordinator"):
+    for name in ("worker", "coordinator", "flower"):
         assert SERVICES[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
         assert SERVICES[name]["image"] == SERVICES["worker"]["image"]
     assert SERVICES["worker"]["build"] == {"context": "..", "dockerfile": "docker/Dockerfile"}
@@ -92,8 +96,9 @@ def test_workers_have_shared_memory_for_large_results() -> None:
     assert SERVICES["worker"]["shm_size"] == "2gb"
 
 
-def test_a_worker_has_an_init_that_waits_for_its_orphans_and_time_to_end() -> None:
-    assert SERVICES["worker"]["init"]
+def test_a_container_is_no_root_and_has_an_init_and_a_worker_time_to_end() -> None:
+    assert told("USER") == ["celery"]
+    assert json.loads(told("ENTRYPOINT")[-1]) == ["tini", "--"]
     assert int(SERVICES["worker"]["stop_grace_period"].removesuffix("s")) >= 30
 
 
@@ -124,11 +129,26 @@ def containers(tmp_path: Path) -> Iterator[dict[str, str]]:
         wait_until(lambda: subprocess.run(ping, env=environ, check=False).returncode == 0, "a healthy redis")
         for name in ("worker", "coordinator"):
             processes.start(name, command(name))
+        with socket_module.create_server(("127.0.0.1", 0)) as probe:
+            environ["FLOWER_TEST_PORT"] = str(probe.getsockname()[1])
+        flower = [word.replace("5555", environ["FLOWER_TEST_PORT"]) for word in command("flower")]
+        processes.start("flower", flower)
         processes.wait_until_started()
         yield environ
         assert processes.troubles() == []
     finally:
         processes.close()
+
+
+def page(environ: dict[str, str]) -> str:
+    """The Memory page, empty while nobody answers."""
+    try:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{environ['FLOWER_TEST_PORT']}/memory", timeout=5
+        ) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return ""
 
 
 @pytest.mark.skipif(not (BIN / "celery-mem").exists(), reason="the package is not installed here")
@@ -137,5 +157,9 @@ def test_the_commands_of_the_services_are_a_deployment(containers: dict[str, str
         client.wait_for_workers(1, timeout=PATIENCE_S)
         assert client.submit(sum, [1, 2]).result(timeout=PATIENCE_S) == 3
         wait_until(lambda: client.info()["leader"], "a coordinator to lead")
+        wait_until(lambda: "memory" in page(containers).lower(), "Flower to show its page")
+    test = COMPOSE["x-celery-mem"]["healthcheck"]["test"]
+    assert test[0] == "CMD"
+    subprocess.run(test[1:], env=containers, check=True, stdout=subprocess.DEVNULL)
     shown = subprocess.check_output(["celery-mem", "status", "--json"], env=containers, text=True)
     assert len(json.loads(shown)["nodes"]) == 1
