@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import signal
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -110,6 +111,10 @@ class TaskRunner:
             outcome = Missing(task.key, task.attempt, error.lost)
         except (WorkerShutdown, WorkerTerminate, RedisUnavailableError):
             raise
+        except SystemExit as error:
+            if _is_by_signal(error):
+                raise WorkerTerminate(error.code) from error
+            outcome = self._failure(task, error)
         except BaseException as error:
             outcome = self._failure(task, error)
         return Report(outcome, time.perf_counter() - started, keep)
@@ -252,6 +257,20 @@ def _run_apart(coroutine: Coroutine[Any, Any, Any], outcome: list[Any]) -> None:
         outcome += (asyncio.run(coroutine), None)
     except BaseException as error:
         outcome += (None, error)
+
+
+def _is_by_signal(error: SystemExit) -> bool:
+    """Whether a pool child exits as it got a signal, and not because its task called `sys.exit`.
+
+    Source: the handler in billiard/common.py, which exits with -(256 - number of the signal).
+    """
+    code = error.code
+    return isinstance(code, int) and 256 + code in (
+        signal.SIGTERM,
+        signal.SIGQUIT,
+        signal.SIGINT,
+        signal.SIGHUP,
+    )
 
 
 def _own_frames(error: BaseException) -> int:

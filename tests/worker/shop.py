@@ -24,6 +24,7 @@ app.conf.update(
     task_default_queue="shop",
     worker_prefetch_multiplier=int(os.environ.get("SHOP_PREFETCH", "4")),
     broker_connection_retry_on_startup=True,
+    worker_soft_shutdown_timeout=float(os.environ.get("SHOP_SOFT_SHUTDOWN", "0")),
 )
 celery_mem.install(app)
 
