@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("celery_mem.worker")
 
 PERIOD_S = 0.5
-SHARE = 0.03
+SHARE = 0.015
 """Of a process' time that events may take in `sampled`. Failed tasks beyond those get a third of it more:
 together less than the twentieth that is promised."""
 FIRST_COST_S = 2e-4

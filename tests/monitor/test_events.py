@@ -91,7 +91,7 @@ def test_a_task_shows_with_name_call_result_runtime_and_where_it_ran(site: str, 
     assert row["result"] == "3"
     assert row["runtime"] >= 0
     assert row["received"] <= row["started"] <= row["succeeded"]
-    [worker] = client.scheduler_info()["workers"]
+    [worker] = client.has_what()
     assert row["worker"] == worker
     assert row["root_id"] == first.key
 
