@@ -336,7 +336,6 @@ def flower(
         from celery_mem.graph.tickets import broker_url
 
         app = Celery("celery_mem", broker=broker_url(load_settings(url, namespace).url))
-        app.conf.broker_pool_limit = 1  # small plans have few connections
         ctx.obj = CLIContext(app=app, no_color=True, workdir=None, quiet=False)
     ctx.invoke(plain_flower, tornado_argv=flower_options)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from redis.exceptions import NoPermissionError
 
 from celery_mem.graph.constraints import why_nobody_may_run
-from celery_mem.state.inspect import namespace_status
+from celery_mem.state.inspect import TaskRow, namespace_status
 from celery_mem.state.store import Store
 
 MEMORY = ("files", "live", "spilled", "pool", "processes")
 
 
-def overview(store: Store) -> dict[str, Any]:
+def overview(store: Store, see: Callable[[TaskRow], None] | None = None) -> dict[str, Any]:
     """Count and measure a namespace.
+
+    Args:
+        see: is called with every task.
 
     Returns:
         what `celery_mem.state.inspect.namespace_status` returns, and
@@ -24,7 +28,7 @@ def overview(store: Store) -> dict[str, Any]:
         - jobs: id -> kind, done, total
         - unrunnable: constraint, tasks (number), waiting (s) and reason, for tasks that no node may run
     """
-    status = namespace_status(store)
+    status = namespace_status(store, see)
     infos = store.node_infos()
     for name, node in status["nodes"].items():
         node.update(_memory_of(store, name, infos.get(name, {})))

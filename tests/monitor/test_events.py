@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
-from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote
