@@ -22,8 +22,8 @@ def overview(store: Store, see: Callable[[TaskRow], None] | None = None) -> dict
 
     Returns:
         what `celery_mem.state.inspect.namespace_status` returns, and
-        - nodes, each: keys (with a copy there), memory (bytes by kind), limit (bytes), resources (amounts by
-          name), status (running, paused, retiring or stopping)
+        - nodes, each: keys (with a copy there), memory (bytes by kind), freed (copies, by its agent),
+          limit (bytes), resources (amounts by name), status (running, paused, retiring or stopping)
         - copies: number of keys of which more than one copy is wanted
         - jobs: id -> kind, done, total
         - unrunnable: constraint, tasks (number), waiting (s) and reason, for tasks that no node may run
@@ -46,6 +46,7 @@ def _memory_of(store: Store, name: str, info: dict[str, Any]) -> dict[str, Any]:
     return {
         "keys": store.link.call("SCARD", store.keys.of("node_keys", name)),
         "memory": {kind: int(memory[kind]) for kind in MEMORY if kind in memory},
+        "freed": int(memory.get("freed", 0)),
         "limit": int(memory.get("limit") or info.get("limit") or 0) or None,
         "resources": info.get("resources") or {},
         "status": info.get("status") or "running",

@@ -65,7 +65,7 @@ def serving(module: list[str], folder: Path, **environment: str) -> Iterator[str
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        assert until(lambda: process.poll() is not None or answers(address)), log.read_text()
+        assert until(lambda: process.poll() is not None or answers(f"{address}/healthcheck")), log.read_text()
         assert process.poll() is None, log.read_text()
         yield address
     finally:
@@ -75,7 +75,7 @@ def serving(module: list[str], folder: Path, **environment: str) -> Iterator[str
 
 def answers(address: str) -> bool:
     try:
-        get(f"{address}/healthcheck")
+        get(address)
     except URLError:
         return False
     return True
@@ -155,6 +155,28 @@ def test_prometheus_finds_the_gauges(site: str) -> None:
     assert "celery_mem_up 1.0" in text
     assert "celery_mem_node_bytes{" in text
     assert "celery_mem_slots{" in text
+
+
+def test_a_coordinator_serves_the_metrics_to_those_without_flower(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "celery_mem.cli", "coordinator", "-u", cluster.url]
+    command += ["-n", cluster.namespace, f"--metrics-port={port}"]
+    address = f"http://127.0.0.1:{port}/metrics"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        assert until(lambda: answers(address)), (tmp_path / "log").read_text()
+        text = get(address)
+        assert "celery_mem_up 1.0" in text
+        assert "celery_mem_node_freed_total{" in text
+        assert 'celery_mem_duty_total{duty="nodes"} 0.0' in text
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def test_flowers_login_guards_the_page_of_an_app_too(cluster: LocalCluster, tmp_path: Path) -> None:

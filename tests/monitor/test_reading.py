@@ -43,8 +43,8 @@ def test_the_dashboard_asks_for_gauges_that_there_are(monkeypatch: pytest.Monkey
 
     from celery_mem.monitor.metrics import MemoryCollector
 
-    node = {"memory": {}, "slots": 1, "busy": 0}
-    picture = {"tasks": {}, "nodes": {"a": node}, "nbytes": 0}
+    node = {"memory": {}, "slots": 1, "busy": 0, "freed": 0}
+    picture = {"tasks": {}, "nodes": {"a": node}, "nbytes": 0, "at_work": []}
     monkeypatch.setattr(reading, "memory_picture", lambda store: picture)
     there = {family.name for family in MemoryCollector(Reading(None)).collect()}  # type: ignore[arg-type]
     file = Path(__file__).parents[2] / "docker" / "grafana" / "celery-mem.json"
