@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from celery_mem.config import Settings
+    from celery_mem.coordinator.daemon import Coordinator
     from celery_mem.local import LocalCluster
     from celery_mem.state.audit import Violation
     from celery_mem.state.store import Store
@@ -152,7 +153,13 @@ def local(
     default="INFO",
     show_default=True,
 )
-def coordinator(url: str | None, namespace: str | None, loglevel: str) -> None:
+@click.option("--metrics-port", type=click.IntRange(0, 65535), help="Serve metrics for Prometheus there.")
+@click.option(
+    "--metrics-address", default="127.0.0.1", show_default=True, help="Who may reach that port; 0.0.0.0: all."
+)
+def coordinator(
+    url: str | None, namespace: str | None, loglevel: str, metrics_port: int | None, metrics_address: str
+) -> None:
     """Run the daemon that frees, recovers and calls workers; any number may run, one leads."""
     import logging
 
@@ -163,7 +170,21 @@ def coordinator(url: str | None, namespace: str | None, loglevel: str) -> None:
         level=loglevel.upper(),
         format="[%(asctime)s: %(levelname)s/coordinator] %(message)s",
     )
-    run(load_settings(url, namespace), celery_app())
+    watch = None
+    if metrics_port is not None:
+        try:
+            from celery_mem.monitor.metrics import serve
+        except ImportError as error:
+            raise click.ClickException(
+                "prometheus_client is not installed: pip install 'celery-mem[flower]'"
+            ) from error
+
+        source = look_at(url, namespace)
+
+        def watch(leader: Coordinator) -> None:
+            serve(metrics_address, metrics_port, source, leader.totals)
+
+    run(load_settings(url, namespace), celery_app(), watch=watch)
 
 
 @mem.command()
@@ -336,7 +357,6 @@ def flower(
         from celery_mem.graph.tickets import broker_url
 
         app = Celery("celery_mem", broker=broker_url(load_settings(url, namespace).url))
-        app.conf.broker_pool_limit = 1  # small plans have few connections
         ctx.obj = CLIContext(app=app, no_color=True, workdir=None, quiet=False)
     ctx.invoke(plain_flower, tornado_argv=flower_options)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket", SCHEME)
 SECRET = {"secret_key"}
+EVENTS = ("off", "sampled", "all")
 PUBLISH = ("on_demand", "pinned", "always")
 _WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -64,6 +65,11 @@ class Settings:
     retry_timeout: float = _setting(60.0, "how long a broken Redis connection is tried again", "seconds")
     reply_timeout: float = _setting(60.0, "silence after which a Redis connection counts as dead", "seconds")
     connect_timeout: float = _setting(5.0, "how long one attempt to connect may take", "seconds")
+    events: str = _setting(
+        "sampled",
+        "which tasks Flower sees: none; as many as cost less than a twentieth of throughput; or all",
+        choices=EVENTS,
+    )
     allowed_failures: int = _setting(3, "deaths of its slot a task survives", "deaths")
     stop_grace: float = _setting(
         0.3,

@@ -8,6 +8,8 @@ import secrets
 import signal
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from celery_mem.config import Settings
@@ -56,6 +58,9 @@ class Coordinator:
     Args:
         store: the namespace.
         outside: what it does through Celery.
+
+    Attributes:
+        totals: what each duty did so far, by its name: nodes given up, tickets sent, and so on.
     """
 
     def __init__(self, store: Store, outside: Outside) -> None:
@@ -63,6 +68,7 @@ class Coordinator:
         store.adopts = False  # leases that were renewed in the writes that are missing must not count as over
         self.name = f"{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(3)}"
         self.duties = [duty(store, outside) for duty in DUTIES]
+        self.totals = Counter({duty.name: 0 for duty in self.duties})
         self._due = dict.fromkeys((d.name for d in self.duties), 0.0)
         self._lead_due = 0.0
         self._term = ""
@@ -84,6 +90,7 @@ class Coordinator:
             if now_s >= self._due[duty.name] and self._is_patient(duty, now_s):
                 try:
                     report[duty.name] = duty.run_once(self._term)
+                    self.totals[duty.name] += report[duty.name]
                 except FencedError as error:
                     log.warning("fenced: %s", error)
                     self._term = ""
@@ -149,11 +156,14 @@ class Coordinator:
                 log.warning("%s", again)
 
 
-def run(settings: Settings, app: Celery | None = None) -> None:
+def run(
+    settings: Settings, app: Celery | None = None, *, watch: Callable[[Coordinator], None] | None = None
+) -> None:
     """Run a coordinator in this process until SIGTERM or SIGINT.
 
     Args:
         app: the Celery app whose workers take the tickets; None makes one for the broker at `settings.url`.
+        watch: is given the coordinator before it begins.
     """
     # A connection that died unseen must not stop everything for long.
     patience_s = max(RETRY_S, settings.leader_lease)
@@ -164,4 +174,7 @@ def run(settings: Settings, app: Celery | None = None) -> None:
     warn_if_unsigned(settings)
     store = Store.connect(settings)
     Eviction(store.link).warn()
-    Coordinator(store, CelerySide(settings, app)).run(stop)
+    coordinator = Coordinator(store, CelerySide(settings, app))
+    if watch is not None:
+        watch(coordinator)
+    coordinator.run(stop)

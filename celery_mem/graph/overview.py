@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from redis.exceptions import NoPermissionError
 
 from celery_mem.graph.constraints import why_nobody_may_run
-from celery_mem.state.inspect import namespace_status
+from celery_mem.state.inspect import TaskRow, namespace_status
 from celery_mem.state.store import Store
 
 MEMORY = ("files", "live", "spilled", "pool", "processes")
 
 
-def overview(store: Store) -> dict[str, Any]:
+def overview(store: Store, see: Callable[[TaskRow], None] | None = None) -> dict[str, Any]:
     """Count and measure a namespace.
+
+    Args:
+        see: is called with every task.
 
     Returns:
         what `celery_mem.state.inspect.namespace_status` returns, and
-        - nodes, each: keys (with a copy there), memory (bytes by kind), limit (bytes), resources (amounts by
-          name), status (running, paused, retiring or stopping)
+        - nodes, each: keys (with a copy there), memory (bytes by kind), freed (copies, by its agent),
+          limit (bytes), resources (amounts by name), status (running, paused, retiring or stopping)
         - copies: number of keys of which more than one copy is wanted
         - jobs: id -> kind, done, total
         - unrunnable: constraint, tasks (number), waiting (s) and reason, for tasks that no node may run
     """
-    status = namespace_status(store)
+    status = namespace_status(store, see)
     infos = store.node_infos()
     for name, node in status["nodes"].items():
         node.update(_memory_of(store, name, infos.get(name, {})))
@@ -42,6 +46,7 @@ def _memory_of(store: Store, name: str, info: dict[str, Any]) -> dict[str, Any]:
     return {
         "keys": store.link.call("SCARD", store.keys.of("node_keys", name)),
         "memory": {kind: int(memory[kind]) for kind in MEMORY if kind in memory},
+        "freed": int(memory.get("freed", 0)),
         "limit": int(memory.get("limit") or info.get("limit") or 0) or None,
         "resources": info.get("resources") or {},
         "status": info.get("status") or "running",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,36 @@ class MemoryJson(BaseHandler):
 
     @authenticated
     async def get(self) -> None:
-        """Send them; Redis is read in a thread, so that Flower goes on meanwhile."""
-        try:
-            picture = await asyncio.get_running_loop().run_in_executor(None, self.reading.picture)
-        except (CeleryMemError, RedisError):
-            # The text of an error may hold the address of Redis.
-            self.set_status(503)
-            self.write({"error": "The namespace cannot be read: Redis does not answer or refuses."})
-            return
-        self.set_header("Cache-Control", "no-store")
-        self.write(picture)
+        """Send them."""
+        await answer(self, self.reading.picture)
+
+
+class GraphJson(BaseHandler):
+    """A key and what is near it."""
+
+    def initialize(self, reading: Reading) -> None:
+        """Take what tornado passes on."""
+        self.reading = reading
+
+    @authenticated
+    async def get(self) -> None:
+        """Send keys, states and edges."""
+        await answer(self, lambda: self.reading.graph(self.get_argument("key")))
+
+
+async def answer(view: BaseHandler, read: Callable[[], dict[str, Any] | None]) -> None:
+    """Send what `read` returns; Redis is read in a thread, so that Flower goes on meanwhile."""
+    try:
+        found = await asyncio.get_running_loop().run_in_executor(None, read)
+    except (CeleryMemError, RedisError):
+        # The text of an error may hold the address of Redis.
+        view.set_status(503)
+        found = {"error": "The namespace cannot be read: Redis does not answer or refuses."}
+    if found is None:
+        view.set_status(404)
+        found = {"error": "No task has that key, or not any more."}
+    view.set_header("Cache-Control", "no-store")
+    view.write(found)
 
 
 class PagesLoader(Loader):
@@ -80,9 +101,11 @@ def install_pages(store: Store) -> None:
     handlers[-1:-1] = [
         url(r"/memory", MemoryView, name="mem"),
         url(r"/memory/json", MemoryJson, {"reading": reading}, name="mem-json"),
+        url(r"/memory/graph", GraphJson, {"reading": reading}, name="mem-graph"),
     ]
     settings["template_loader"] = PagesLoader(settings["template_path"])
     REGISTRY.register(MemoryCollector(reading))
-    # Every thread holds connections to the broker, of which small plans have 20.
+    # Every thread holds connections to the broker, of which small plans have 20. The pool itself must not be
+    # limited to one: to send a command takes two of them, and two threads would wait for each other for ever.
     Inspector.max_concurrency = 1
     Flower.max_workers = 2

@@ -1,14 +1,16 @@
-"""Gauges for Prometheus, at Flower's `/metrics`."""
+"""Metrics for Prometheus: at Flower's `/metrics`, or at a port of the coordinator."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from redis.exceptions import RedisError
 
 from celery_mem.errors import CeleryMemError
-from celery_mem.monitor.reading import Reading
+from celery_mem.monitor.reading import AT_WORK, Reading
+from celery_mem.state.store import Store
 
 
 class MemoryCollector:
@@ -21,8 +23,8 @@ class MemoryCollector:
         """Name nothing, so that registering reads nothing."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Yield all gauges."""
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """Yield all that a reading tells."""
         try:
             picture = self._reading.picture()
         except (CeleryMemError, RedisError):
@@ -37,7 +39,11 @@ class MemoryCollector:
         )
         slots = GaugeMetricFamily("celery_mem_slots", "Slots of a node.", labels=["node"])
         busy = GaugeMetricFamily("celery_mem_slots_busy", "Slots that run a task.", labels=["node"])
+        freed = CounterMetricFamily(
+            "celery_mem_node_freed", "Copies of results that a node was told to drop.", labels=["node"]
+        )
         for name, node in picture["nodes"].items():
+            freed.add_metric([name], node["freed"])
             for kind, size in node["memory"].items():
                 memory.add_metric([name, kind], size)
             slots.add_metric([name], node["slots"])
@@ -45,4 +51,36 @@ class MemoryCollector:
         results = GaugeMetricFamily(
             "celery_mem_result_bytes", "Size of all results.", value=picture["nbytes"]
         )
-        yield from (tasks, memory, slots, busy, results)
+        queues = GaugeMetricFamily(
+            "celery_mem_queue_tasks", "Tasks at work by queue.", labels=["queue", "state"]
+        )
+        for row in picture["at_work"]:
+            for state in AT_WORK:
+                queues.add_metric([row["queue"], state], row[state])
+        yield from (tasks, memory, slots, busy, results, freed, queues)
+
+
+class DutyCollector:
+    """What the coordinator of this process did while it led; nothing is read."""
+
+    def __init__(self, totals: Mapping[str, int]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """Yield one counter, by duty."""
+        duties = CounterMetricFamily(
+            "celery_mem_duty",
+            "What the duties of this coordinator did: nodes given up, clients expired, tickets sent.",
+            labels=["duty"],
+        )
+        for name, total in self._totals.items():
+            duties.add_metric([name], total)
+        yield duties
+
+
+def serve(address: str, port: int, store: Store, totals: Mapping[str, int]) -> None:
+    """Answer Prometheus in a thread, for those who run no Flower."""
+    registry = CollectorRegistry()
+    registry.register(MemoryCollector(Reading(store)))
+    registry.register(DutyCollector(totals))
+    start_http_server(port, address, registry=registry)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from redis.exceptions import ResponseError
 
@@ -17,11 +17,32 @@ _PAGE = 1_000
 """Keys per round trip."""
 
 
-def namespace_status(store: Store) -> dict[str, Any]:
+class TaskRow(NamedTuple):
+    """What a reading of the whole namespace tells of one task.
+
+    Attributes:
+        key: key text.
+        state: one of `keys.STATES`.
+        holders: ids.
+        nbytes: size of its result, 0 if there is none.
+        queue: a constraint; else the node that runs it, or in whose queue it is; else "", the shared queue.
+    """
+
+    key: str
+    state: str
+    holders: list[str]
+    nbytes: int
+    queue: str
+
+
+def namespace_status(store: Store, see: Callable[[TaskRow], None] | None = None) -> dict[str, Any]:
     """Count and measure a namespace.
 
     Not one moment's picture: it is read in several steps while work goes on. Costs a scan over all keys of
     the server, in pages that hold up nobody.
+
+    Args:
+        see: is called with every task, so that who wants to know more need not scan again.
 
     Returns:
         namespace, generation, queue, leader (coordinator id or None), clock (server time, s), and
@@ -53,7 +74,7 @@ def namespace_status(store: Store) -> dict[str, Any]:
     now_s = int(now[0]) + int(now[1]) / 1e6
     client_leases = _leases(clients, now_s)
     held = _paged(link, [("SCARD", of("held", client)) for client in client_leases])
-    tasks, nbytes = _count_tasks(store)
+    tasks, nbytes = _count_tasks(store, see)
     return {
         "namespace": store.keys.namespace,
         "generation": _text(meta[0]),
@@ -136,27 +157,76 @@ def describe_task(store: Store, key_text: str) -> dict[str, Any] | None:
     }
 
 
-def _count_tasks(store: Store) -> tuple[dict[str, int], int]:
+def neighbourhood(store: Store, key_text: str, most: int) -> dict[str, Any] | None:
+    """Walk from a key along its dependencies and dependents, nearest first; None if it has no record.
+
+    Returns:
+        key, is_cut (whether there is more), states (key -> state, at most `most`) and edges (pairs of a
+        dependency and its dependent, both among them)
+    """
+    of, link = store.keys.of, store.link
+    states: dict[str, str] = {}
+    edges: set[tuple[str, str]] = set()
+    front, is_cut = [key_text], False
+    while front:
+        wanted = front[: most - len(states)]
+        is_cut = is_cut or len(wanted) < len(front)
+        commands: list[tuple[Any, ...]] = []
+        for key in wanted:
+            commands.append(("HMGET", of("task", key), TASK["core"], TASK["deps"]))
+            # Of very many, only some are fetched.
+            commands.append(("HSCAN", of("dependents", key), 0, "COUNT", most))
+        replies = link.batch(commands) if commands else []
+        front = []
+        for key, (core, deps), (_, pairs) in zip(wanted, replies[::2], replies[1::2], strict=True):
+            if not core:
+                continue
+            states[key] = state_of(core)
+            for dep in _lines(_text(deps)):
+                edges.add((dep, key))
+                front.append(dep)
+            for name in pairs[::2]:
+                edges.add((key, _text(name) or ""))
+                front.append(_text(name) or "")
+        front = [key for key in dict.fromkeys(front) if key not in states]
+    if not states:
+        return None
+    shown = sorted(edge for edge in edges if edge[0] in states and edge[1] in states)
+    return {"key": key_text, "is_cut": is_cut, "states": states, "edges": shown}
+
+
+def _count_tasks(store: Store, see: Callable[[TaskRow], None] | None) -> tuple[dict[str, int], int]:
     """Return the number of tasks by state, and the size of all results."""
     states: Counter[str] = Counter()
     nbytes = 0
-    for names in _scan(store, store.keys.of("task", "*")):
-        rows = store.link.batch([("HMGET", name, TASK["core"], TASK["result"]) for name in names])
-        states.update(state_of(core) for core, _ in rows if core)
-        nbytes += sum(result.nbytes for _, raw in rows if (result := read_result(raw)))
+    for row in _task_rows(store):
+        states[row.state] += 1
+        nbytes += row.nbytes
+        if see is not None:
+            see(row)
     return dict(sorted(states.items())), nbytes
 
 
-def iter_results(store: Store) -> Iterator[tuple[str, list[str], int]]:
-    """Yield key, holders and size of the result (0 if there is none) of every task, in pages."""
+def _task_rows(store: Store) -> Iterator[TaskRow]:
     prefix = store.keys.of("task", "")
-    for names in _scan(store, store.keys.of("task", "*")):
-        rows = store.link.batch([("HMGET", name, TASK["core"], TASK["result"]) for name in names])
-        for name, (core, raw) in zip(names, rows, strict=True):
-            if core:
-                result = read_result(raw)
+    names = [TASK[name] for name in ("core", "result", "constraint", "home", "owner")]
+    for page in _scan(store, store.keys.of("task", "*")):
+        rows = store.link.batch([("HMGET", name, *names) for name in page])
+        for name, (raw, size, *places) in zip(page, rows, strict=True):
+            if raw:
+                core, result = read_core(raw), read_result(size)
                 key = name.decode(errors="replace").removeprefix(prefix)
-                yield key, [h for h, _ in read_core(core).holders], result.nbytes if result else 0
+                holders = [holder for holder, _ in core.holders]
+                queue = _queue_of(core.state, *(_text(place) or "" for place in places))
+                yield TaskRow(key, core.state, holders, result.nbytes if result else 0, queue)
+
+
+def _queue_of(state: str, constraint: str, home: str, owner: str) -> str:
+    if constraint:
+        return constraint
+    if state == "processing":
+        return owner.rpartition("|")[0]
+    return home[1:] if state == "ready" else ""  # before the node stands the size class
 
 
 def _scan(store: Store, pattern: str) -> Any:

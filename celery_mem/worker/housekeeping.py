@@ -66,6 +66,7 @@ class Housekeeper:
             durable=self._durable,
         )
         self._processes: set[str] = set()
+        self._freed = 0
         self._check_at = 0.0  # a new agent does not know what happened before it came
         self._sweep_at = time.monotonic() + YOUNG_S
         self._listener: Listener | None = None
@@ -89,13 +90,13 @@ class Housekeeper:
         self._sweep_at = time.monotonic() + YOUNG_S
 
     def look(self) -> dict[str, int]:
-        """Keep the node within its memory; returns the figures."""
+        """Keep the node within its memory; returns the figures, and how many copies were freed so far."""
         live = 0
         for process in self._processes:
             with contextlib.suppress(NobodyThere, TimeoutError):
                 answer = ask(self.folder.path, socket_name(process), "live", timeout=LIVE_TIMEOUT_S)
                 live += int(answer)
-        return self.keeper.look() | {"live": live}
+        return self.keeper.look() | {"live": live, "freed": self._freed}
 
     @property
     def is_paused(self) -> bool:
@@ -104,6 +105,7 @@ class Housekeeper:
 
     def drop(self, tokens: Sequence[str]) -> None:
         """Drop copies, from files and from the processes that have not written them yet."""
+        self._freed += len(tokens)
         for name in listeners(self.folder.path):
             if name != AGENT_SOCKET:
                 for message in in_datagrams("d", list(tokens)):

@@ -32,7 +32,8 @@ from celery_mem.state.store import Store, node_news
 from celery_mem.worker import children
 from celery_mem.worker.agent import AGENT_SIGNALS
 from celery_mem.worker.control import Control, make_control, report_exits
-from celery_mem.worker.tickets import close_interrupts, close_memory, know_worker
+from celery_mem.worker.revoking import hear_revoke
+from celery_mem.worker.tickets import close_events, close_interrupts, close_memory, know_worker
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -109,6 +110,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             Queue(self.own_queue, Exchange(""), self.own_queue, durable=False, auto_delete=True)
         )
         self._keep_agent(parent.hostname)
+        hear_revoke()
         if self.pool == "prefork":
             report_exits(parent.pool._pool, self.control.folder)
             # Celery's own look comes every five seconds.
@@ -192,6 +194,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             return
         close_memory()  # of a pool whose slots are threads of this process
         close_interrupts()
+        close_events()
         self.news = {}
         if self.agent is not None and self.agent.poll() is None:
             self.agent.send_signal(signal.SIGUSR1)

@@ -34,6 +34,7 @@ from celery_mem.memory.seal import MARK, Kind, seal_of
 from celery_mem.memory.serialize import dumps
 from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
+from celery_mem.worker.events import Run, TaskEvents
 from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, StoredInputs
 from celery_mem.worker.interrupts import TIMEOUT, Interrupts
 from celery_mem.worker.memory import ProcessMemory, token_suffix
@@ -64,6 +65,7 @@ class TaskRunner:
         memory: of this process; None if all results go through Redis.
         slot: its name.
         interrupts: told of each call; None where tasks cannot be ended.
+        events: shows tasks to others; None if nobody is to see them.
     """
 
     def __init__(
@@ -74,9 +76,11 @@ class TaskRunner:
         *,
         slot: str = "",
         interrupts: Interrupts | None = None,
+        events: TaskEvents | None = None,
     ) -> None:
         self.store = store
         self.slot = slot
+        self.events = events
         self.interrupts = interrupts
         self.settings = settings
         self.seal = seal_of(settings)
@@ -94,18 +98,23 @@ class TaskRunner:
         started = time.perf_counter()
         outcome: Done | Failed | Missing
         keep = None
+        shown = None if self.events is None else self.events.begin(task)
         try:
             func = self._function(task.function)
             started = time.perf_counter()
             timeout, args, kwargs = self._arguments(task)
+            if shown is not None:
+                shown.calls(func, args, kwargs)
             try:
                 result = [self._call(task, timeout, func, args, kwargs)]
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
-                outcome = self._failure(task, error)
+                outcome = self._failure(task, error, shown)
             except TaskInterrupt as error:
-                outcome = self._failure(task, self._named(task, timeout, error))
+                outcome = self._failure(task, self._named(task, timeout, error), shown)
             else:
                 del args, kwargs  # an input may be part of the result, which is to be nobody else's
+                if shown is not None:
+                    shown.returned(result[0], time.perf_counter() - started)
                 outcome, keep = self._store_result(task, result)
         except InputsMissingError as error:
             outcome = Missing(task.key, task.attempt, error.lost)
@@ -116,7 +125,10 @@ class TaskRunner:
                 raise WorkerTerminate(error.code) from error
             outcome = self._failure(task, error)
         except BaseException as error:
-            outcome = self._failure(task, error)
+            outcome = self._failure(task, error, shown)
+        finally:
+            if shown is not None and shown.end is None:
+                shown.goes_back()
         return Report(outcome, time.perf_counter() - started, keep)
 
     def _call(
@@ -143,7 +155,11 @@ class TaskRunner:
         named.__cause__, named.__traceback__ = error, error.__traceback__
         return named
 
-    def _failure(self, task: Taken, error: BaseException) -> Failed:
+    def _failure(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
+        if shown is not None:
+            shown.raised(error)
+        elif self.events is not None:
+            self.events.failed(task, error)
         if not isinstance(error, Exception):
             exit_error = TaskExitError(
                 f"task {task.key} raised {type(error).__name__}({error}), which would have ended its worker"

@@ -25,6 +25,7 @@ from celery_mem.state.link import Link
 from celery_mem.state.records import read_recipe
 from celery_mem.state.store import Done, Store, Taken, Tickets
 from celery_mem.worker.batch import Batch, Reports
+from celery_mem.worker.events import TaskEvents
 from celery_mem.worker.interrupts import Interrupts
 from celery_mem.worker.memory import ProcessMemory
 from celery_mem.worker.run import TaskRunner
@@ -56,6 +57,7 @@ class Slot:
         send_tickets: sends tickets that a step asked for; returns whether the broker took them.
         memory: node memory of this process; None if all results go through Redis.
         interrupts: of this process; None where tasks cannot be ended.
+        events: of this process; None if nobody is to see its tasks.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Slot:
         send_tickets: Callable[[Tickets], bool],
         memory: ProcessMemory | None = None,
         interrupts: Interrupts | None = None,
+        events: TaskEvents | None = None,
     ) -> None:
         self.name = name
         self.node = node
@@ -74,7 +77,9 @@ class Slot:
         self.store = Store.connect(settings)
         self.memory = memory
         self.interrupts = interrupts
-        self.runner = TaskRunner(self.store, settings, memory, slot=name, interrupts=interrupts)
+        self.runner = TaskRunner(
+            self.store, settings, memory, slot=name, interrupts=interrupts, events=events
+        )
         self.seconds_per_task = settings.batch_target
         self.bytes_per_task = 0.0
         self._told_pace_s = 0.0

@@ -21,6 +21,7 @@ from celery_mem.memory.process import own_identity
 if TYPE_CHECKING:
     from celery import Celery
 
+    from celery_mem.worker.events import TaskEvents
     from celery_mem.worker.interrupts import Interrupts
     from celery_mem.worker.memory import ProcessMemory
     from celery_mem.worker.slot import Slot
@@ -32,6 +33,7 @@ _local = threading.local()
 _numbers = itertools.count(1)
 _memory: tuple[int, ProcessMemory | None] | None = None  # pid, and the memory that its slots share
 _interrupts: tuple[int, Interrupts | None] | None = None  # as _memory
+_events: tuple[int, TaskEvents | None] | None = None  # as _memory
 _memory_lock = threading.Lock()
 
 
@@ -71,7 +73,10 @@ def _slot_here(app: Celery, settings: Settings, node: str) -> Slot:
         name = f"{node}|{own_identity()}.{next(_numbers)}"
         memory = _memory_here(app, settings, node)
         interrupts = _interrupts_here(app, settings, node)
-        slot = Slot(name, node, settings, lambda tickets: send_tickets(app, tickets), memory, interrupts)
+        events = _events_here(app, settings, node)
+        slot = Slot(
+            name, node, settings, lambda tickets: send_tickets(app, tickets), memory, interrupts, events
+        )
         if interrupts is not None:
             interrupts.slot = slot
         _local.slot, _local.pid = slot, os.getpid()
@@ -115,6 +120,29 @@ def _interrupts_here(app: Celery, settings: Settings, node: str) -> Interrupts |
                 signals.worker_process_shutdown.connect(close_interrupts, weak=False)
             _interrupts = (os.getpid(), found)
         return _interrupts[1]
+
+
+def _events_here(app: Celery, settings: Settings, node: str) -> TaskEvents | None:
+    """Return what shows tasks of this process to others, made by the first of its slots."""
+    global _events
+    with _memory_lock:
+        if _events is None or _events[0] != os.getpid():
+            from celery_mem.worker.events import TaskEvents
+
+            found = None
+            if settings.events != "off":
+                found = TaskEvents(app, node, is_capped=settings.events == "sampled")
+                signals.worker_process_shutdown.connect(close_events, weak=False)
+            _events = (os.getpid(), found)
+        return _events[1]
+
+
+def close_events(**_: Any) -> None:
+    """Send what was not sent yet: this process ends in good order."""
+    global _events
+    found, _events = _events, None
+    if found is not None and found[0] == os.getpid() and found[1] is not None:
+        found[1].close()
 
 
 def close_interrupts(**_: Any) -> None:

@@ -18,7 +18,8 @@ from urllib.error import HTTPError, URLError
 import pytest
 
 from celery_mem import Client, LocalCluster
-from tests.on_cluster import until
+from celery_mem.monitor.reading import DRAWN
+from tests.on_cluster import Gate, state, until
 
 pytest.importorskip("flower")
 RESULT = b"x" * 300_000
@@ -26,6 +27,14 @@ RESULT = b"x" * 300_000
 
 def inc(number: int) -> bytes:
     return RESULT + bytes(number)
+
+
+def add(x: int, y: int) -> int:
+    return x + y
+
+
+def fail(number: int) -> None:
+    raise ValueError(number)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def serving(module: list[str], folder: Path, **environment: str) -> Iterator[str
         )
     try:
         address = f"http://127.0.0.1:{port}"
-        assert until(lambda: process.poll() is not None or answers(address)), log.read_text()
+        assert until(lambda: process.poll() is not None or answers(f"{address}/healthcheck")), log.read_text()
         assert process.poll() is None, log.read_text()
         yield address
     finally:
@@ -66,7 +75,7 @@ def serving(module: list[str], folder: Path, **environment: str) -> Iterator[str
 
 def answers(address: str) -> bool:
     try:
-        get(f"{address}/healthcheck")
+        get(address)
     except URLError:
         return False
     return True
@@ -100,6 +109,42 @@ def test_the_page_tells_who_keeps_how_much(cluster: LocalCluster, site: str) -> 
     assert until(lambda: not figures(site)["holders"])
 
 
+def test_the_graph_of_a_key_has_states_and_what_depends_on_what(cluster: LocalCluster, site: str) -> None:
+    with Client(cluster) as client:
+        first = client.submit(inc, 1, pure=False)
+        second = client.submit(len, first, pure=False)
+        third = client.submit(fail, second, pure=False)
+        assert isinstance(third.exception(), ValueError)
+        found = json.loads(get(f"{site}/memory/graph?key={second.key}"))
+        assert found["states"][first.key] == found["states"][second.key] == "memory"
+        assert [first.key, second.key] in found["edges"]
+        if third.key in found["states"]:
+            assert found["states"][third.key] == "erred"
+
+
+def test_the_graph_of_a_wide_key_is_cut(cluster: LocalCluster, site: str) -> None:
+    gate = Gate(cluster.url)
+    with Client(cluster) as client:
+        root = client.submit(gate.pass_, 0, pure=False)
+        leaves = client.map(add, [root] * (DRAWN + 40), range(DRAWN + 40))
+        assert until(lambda: state(cluster, leaves[-1].key) == "waiting")
+        found = json.loads(get(f"{site}/memory/graph?key={root.key}"))
+        assert len(found["states"]) == DRAWN
+        assert found["is_cut"]
+        assert len(found["edges"]) == DRAWN - 1
+
+        [node] = figures(site)["nodes"]
+        expected = [{"queue": node, "ready": 0, "processing": 1, "erred": 0}]
+        assert until(lambda: figures(site)["at_work"] == expected)
+        gate.open()
+        client.gather(leaves)
+
+
+def test_of_a_key_that_nobody_knows_the_graph_is_not_found(site: str) -> None:
+    with pytest.raises(HTTPError, match="404"):
+        get(f"{site}/memory/graph?key=nothing")
+
+
 def test_every_page_has_the_tab(site: str) -> None:
     for page in ("/", "/memory"):
         assert 'href="/memory"' in get(site + page)
@@ -110,6 +155,28 @@ def test_prometheus_finds_the_gauges(site: str) -> None:
     assert "celery_mem_up 1.0" in text
     assert "celery_mem_node_bytes{" in text
     assert "celery_mem_slots{" in text
+
+
+def test_a_coordinator_serves_the_metrics_to_those_without_flower(
+    cluster: LocalCluster, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "celery_mem.cli", "coordinator", "-u", cluster.url]
+    command += ["-n", cluster.namespace, f"--metrics-port={port}"]
+    address = f"http://127.0.0.1:{port}/metrics"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        assert until(lambda: answers(address)), (tmp_path / "log").read_text()
+        text = get(address)
+        assert "celery_mem_up 1.0" in text
+        assert "celery_mem_node_freed_total{" in text
+        assert 'celery_mem_duty_total{duty="nodes"} 0.0' in text
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 def test_flowers_login_guards_the_page_of_an_app_too(cluster: LocalCluster, tmp_path: Path) -> None:
@@ -140,7 +207,11 @@ def test_a_browser_shows_the_figures(cluster: LocalCluster, site: str, tmp_path:
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--virtual-time-budget=3000"]
     with Client(cluster) as client:
         futures = client.map(inc, range(3))
+        lengths = client.map(len, futures)
+        total = client.submit(sum, lengths, key="total")
+        bad = client.submit(fail, total, pure=False)
         client.gather(futures)
+        assert isinstance(bad.exception(), ValueError)
 
         def held() -> bool:
             # A node says what it holds in its next heartbeat.
@@ -150,12 +221,17 @@ def test_a_browser_shows_the_figures(cluster: LocalCluster, site: str, tmp_path:
 
         assert until(held)
         shot = [f"--screenshot={picture}", f"--window-size={os.environ.get('CELERY_MEM_WINDOW', '1000,680')}"]
+        address = f"{site}/memory?key={bad.key}"
         for options in (["--dump-dom"], shot):
             done = subprocess.run(
-                [*command, *options, f"{site}/memory"], capture_output=True, timeout=60, check=True
+                [*command, *options, address],
+                capture_output=True,
+                timeout=60,
+                check=True,
             )
             if options == ["--dump-dom"]:
                 page = done.stdout.decode()
                 assert f"Namespace {cluster.namespace}" in page
                 assert "<td>inc</td>" in page
+                assert f"{bad.key}: erred</title>" in page
     assert picture.stat().st_size > 10_000

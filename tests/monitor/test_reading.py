@@ -41,15 +41,21 @@ def test_the_dashboard_asks_for_gauges_that_there_are(monkeypatch: pytest.Monkey
     import re
     from pathlib import Path
 
-    from celery_mem.monitor.metrics import MemoryCollector
+    from celery_mem.monitor.metrics import DutyCollector, MemoryCollector
 
-    node = {"memory": {}, "slots": 1, "busy": 0}
-    picture = {"tasks": {}, "nodes": {"a": node}, "nbytes": 0}
+    node = {"memory": {}, "slots": 1, "busy": 0, "freed": 0}
+    picture = {"tasks": {}, "nodes": {"a": node}, "nbytes": 0, "at_work": []}
     monkeypatch.setattr(reading, "memory_picture", lambda store: picture)
-    there = {family.name for family in MemoryCollector(Reading(None)).collect()}  # type: ignore[arg-type]
+    families = [
+        *MemoryCollector(Reading(None)).collect(),  # type: ignore[arg-type]
+        *DutyCollector({"nodes": 1}).collect(),
+    ]
+    there = {f.name + ("_total" if f.type == "counter" else "") for f in families}
     file = Path(__file__).parents[2] / "docker" / "grafana" / "celery-mem.json"
     panels = json.loads(file.read_text(encoding="utf-8"))["panels"]
-    asked = {t["expr"] for p in panels for t in p["targets"]}
-    assert asked
-    assert all(re.fullmatch(r"celery_mem_\w+", expr) for expr in asked)
+    forms = r"(celery_mem_\w+)|rate\((celery_mem_\w+_total)\[5m\]\)"
+    found = [re.fullmatch(forms, t["expr"]) for p in panels for t in p["targets"]]
+    asked = {match[1] or match[2] for match in found if match}
+    assert len(found) > 1
+    assert all(found)
     assert asked <= there
