@@ -123,7 +123,7 @@ class TaskRunner:
         except SystemExit as error:
             if _is_by_signal(error):
                 raise WorkerTerminate(error.code) from error
-            outcome = self._failure(task, error)
+            outcome = self._failure(task, error, shown)
         except BaseException as error:
             outcome = self._failure(task, error, shown)
         finally:
