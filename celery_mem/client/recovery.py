@@ -20,7 +20,7 @@ from celery_mem.graph.errors import encode_error
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import Kind
-from celery_mem.memory.serialize import dumps
+from celery_mem.memory.serialize import unpickled
 from celery_mem.state.store import NewData, NewTask
 
 if TYPE_CHECKING:
@@ -163,9 +163,8 @@ class Recovery:
     def _write_payload(self, task: NewTask, data: bytes) -> None:
         settings = self._session.settings
         name = self._store.keys.blob(task.payload_blob, task.key)
-        frames = dumps(data, "a payload")
         commands = blobs.write_commands(
-            name, frames, piece_bytes=settings.piece_bytes, lease_s=settings.blob_lease
+            name, unpickled(data), piece_bytes=settings.piece_bytes, lease_s=settings.blob_lease
         )
         blobs.write(self._session.bulk, commands)
 

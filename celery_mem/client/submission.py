@@ -27,7 +27,7 @@ from celery_mem.graph.calls import (
 from celery_mem.graph.keys import Key, text_of
 from celery_mem.graph.nodes import is_node
 from celery_mem.memory.seal import Kind
-from celery_mem.memory.serialize import Frames
+from celery_mem.memory.serialize import unpickled
 from celery_mem.state.store import NewTask
 
 if TYPE_CHECKING:
@@ -226,7 +226,7 @@ class Submission:
         """Store a large payload; those before it must not vanish while many are being written."""
         lease_s = self.client.settings.blob_lease
         token = self.client.next_blob_token()
-        name = self.client.write_blob(token, text, Frames(*_as_frames(data)))
+        name = self.client.write_blob(token, text, unpickled(data))
         if not self._blobs:
             self._blobs_due = time.monotonic() + lease_s / 4
         elif time.monotonic() > self._blobs_due:
@@ -330,12 +330,3 @@ class Submission:
         self._loans = [t.key for t in tasks if not t.hold and t.key in needed_later]
         loans = set(self._loans)
         return [t._replace(hold=True) if t.key in loans else t for t in tasks] if loans else tasks
-
-
-def _as_frames(data: bytes) -> tuple[bytes, list[memoryview], tuple[str, ...]]:
-    """A payload as one pickled bytes object, so that a blob's reader gets it back as it is."""
-    import pickle
-
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(pickle.PickleBuffer(data), protocol=5, buffer_callback=buffers.append)
-    return head, [b.raw() for b in buffers], ()

@@ -65,6 +65,11 @@ class Frames(NamedTuple):
         return b"".join([FRAMED, table, self.head, *self.buffers])
 
 
+def unpickled(data: bytes) -> Frames:
+    """Return bytes that are no pickle stream in the form of one, to be written as a blob."""
+    return Frames(b"", [memoryview(data)], ())
+
+
 def dumps(obj: Any, what: str = "object") -> Frames:
     """Pickle `obj`.
 
