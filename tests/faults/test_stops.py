@@ -10,6 +10,7 @@ import pytest
 
 from celery_mem import Client
 from celery_mem.errors import FutureCancelledError, KilledWorkerError, TaskTimeoutError
+from celery_mem.state.keys import TASK
 from tests import tasks
 from tests.deployment import Deployment
 
@@ -116,21 +117,16 @@ def test_what_runs_for_a_cancelled_input_is_stopped_too(deployment: Deployment, 
 def test_what_only_waits_behind_a_cancelled_task_is_not_to_blame(
     deployment: Deployment, client: Client
 ) -> None:
-    """Its process is killed more often than a task survives, while it waits its turn there."""
-    stuck = [
-        start(deployment, client, tasks.hold_the_gil, f"stuck{i}", priority=10, pure=False) for i in range(1)
-    ]
-    waiting = client.map(tasks.inc, range(20), workers=deployment.node("w0"))
-    for i in range(1, 4):
-        stuck.append(
-            client.submit(
-                tasks.hold_the_gil, (deployment.url, f"stuck{i}"), priority=10, workers=deployment.node("w0")
-            )
-        )
-    for i, future in enumerate(stuck):
-        deployment.wait_until(lambda i=i: deployment.runs(f"stuck{i}"), f"stuck{i} to run")
-        future.cancel()
-    assert client.gather(waiting, timeout=60) == list(range(1, 21))
+    """The slot has taken many short tasks at once, and one of them keeps the others from being handed back."""
+    here = {"workers": deployment.node("w0")}
+    before = client.map(tasks.inc, range(300), **here)
+    stuck = client.submit(tasks.hold_the_gil, (deployment.url, "stuck"), **here)
+    behind = client.map(tasks.inc, range(300, 600), **here)
+    deployment.wait_until(lambda: deployment.runs("stuck"), "it to run")
+    stuck.cancel()
+    assert client.gather([*before, *behind], timeout=60) == list(range(1, 601))
+    names = [deployment.key(f"t:{future.key}") for future in behind]
+    assert [name for name in names if deployment.redis.hget(name, TASK["deaths"])] == []
 
 
 def test_a_task_that_takes_too_long_fails_and_says_where(deployment: Deployment, client: Client) -> None:
