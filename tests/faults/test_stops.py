@@ -117,7 +117,7 @@ def test_what_runs_for_a_cancelled_input_is_stopped_too(deployment: Deployment, 
 def test_what_only_waits_behind_a_cancelled_task_is_not_to_blame(
     deployment: Deployment, client: Client
 ) -> None:
-    """The slot has taken many short tasks at once, and one of them keeps the others from being handed back."""
+    """The slot took many short tasks at once, and one of them keeps the others from being handed back."""
     here = {"workers": deployment.node("w0")}
     before = client.map(tasks.inc, range(300), **here)
     stuck = client.submit(tasks.hold_the_gil, (deployment.url, "stuck"), **here)
