@@ -42,6 +42,7 @@ def test_status_tells_all_that_is_counted(story: Store, cli: Cli) -> None:
         "hostname": "host",
         "keys": 0,
         "memory": {},
+        "freed": 0,
         "limit": None,
         "resources": {},
         "status": "running",
