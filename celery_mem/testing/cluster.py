@@ -60,7 +60,9 @@ class InProcessCluster:
         self.url = f"redis://in-process-{next(_numbers)}"
         IN_PROCESS[self.url] = make_pool()
         try:
-            self.settings = Settings.load(**{**settings, "url": self.url, "node_memory": False})
+            # No broker carries events.
+            fixed = {"url": self.url, "node_memory": False, "events": "off"}
+            self.settings = Settings.load(**{**settings, **fixed})
             self.app = TicketApp(self.settings, QUEUE)
             self.store = Store.connect(self.settings)
         except BaseException:

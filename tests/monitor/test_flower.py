@@ -106,7 +106,9 @@ def test_the_page_tells_who_keeps_how_much(cluster: LocalCluster, site: str) -> 
         assert holder["lease"] > 0
         [node] = picture["nodes"].values()
         assert node["slots"] >= 1
+        del futures
     assert until(lambda: not figures(site)["holders"])
+    assert until(lambda: all(node["freed"] >= 3 for node in figures(site)["nodes"].values()))
 
 
 def test_the_graph_of_a_key_has_states_and_what_depends_on_what(cluster: LocalCluster, site: str) -> None:
