@@ -70,6 +70,24 @@ class SignatureError(CeleryMemError):
         )
 
 
+class UnreadableRecordError(CeleryMemError):
+    """A task's record in Redis is not as this package writes them.
+
+    Args:
+        what: which part of which record.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} is not as celery-mem writes it: somebody else writes to this Redis, or under this "
+            "namespace. Submit the task again, and see docs/security.md"
+        )
+
+
 class VersionMismatchError(CeleryMemError):
     """Client and worker run versions that cannot exchange tasks."""
 

@@ -391,19 +391,25 @@ class Session:
         with self.lock:
             if era != self.listener.era:
                 return
-            states = self.states
             for fields in entries:
                 for i in range(0, len(fields), 2):
-                    state = states.get(fields[i].decode())
-                    if state is None:
-                        if not fields[i]:
-                            self._hear(fields[i + 1])
-                        continue
-                    epoch, _, rest = fields[i + 1].partition(b" ")
-                    if int(epoch) == state.epoch and apply_notice(state, rest[0], rest[1:]):
-                        if state.status == CANCELLED:
-                            del states[state.text]
-                        self.finish(state)
+                    try:
+                        self._take(fields[i], fields[i + 1])
+                    except (ValueError, IndexError) as error:  # those behind it are not to be lost with it
+                        log.error("left out an unreadable notice about %r: %s", fields[i][:200], error)
+
+    def _take(self, key: bytes, notice: bytes) -> None:
+        """Take in one notice. The caller holds `lock`."""
+        state = self.states.get(key.decode())
+        if state is None:
+            if not key:
+                self._hear(notice)
+            return
+        epoch, _, rest = notice.partition(b" ")
+        if int(epoch) == state.epoch and apply_notice(state, rest[0], rest[1:]):
+            if state.status == CANCELLED:
+                del self.states[state.text]
+            self.finish(state)
 
     def _hear(self, notice: bytes) -> None:
         """Take in a notice that is about no key. The caller holds `lock`."""

@@ -209,9 +209,11 @@ def _traceback(frames: list[tuple[str, str, int, str]] | None) -> TracebackType 
 
 
 def error_summary(data: bytes) -> tuple[str, str, str]:
-    """Return class name, message and traceback text of an error, without unpickling."""
+    """Return class name, message and traceback text of an error, without unpickling; of any bytes at all."""
     try:
         head = json.loads(strip(data).partition(b"\n")[0])
-    except ValueError:
+    except (ValueError, RecursionError):
+        return "?", "", ""
+    if not isinstance(head, dict):
         return "?", "", ""
     return str(head.get("type", "?")), str(head.get("message", "")), str(head.get("traceback", ""))

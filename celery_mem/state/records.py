@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
+
+from celery_mem.errors import UnreadableRecordError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Core(NamedTuple):
@@ -31,6 +38,21 @@ class Result(NamedTuple):
     type: str
 
 
+def _says_if_unreadable(reader: Callable[P, T]) -> Callable[P, T]:
+    """Have a reader raise UnreadableRecordError where the bytes are none of ours."""
+    field = reader.__name__.removeprefix("read_")
+
+    @functools.wraps(reader)
+    def read(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return reader(*args, **kwargs)
+        except ValueError:
+            raise UnreadableRecordError(f"the {field} in the record of a task") from None
+
+    return read
+
+
+@_says_if_unreadable
 def read_core(raw: bytes) -> Core:
     """Take a core apart."""
     head, _, lines = raw.decode(errors="surrogateescape").partition("\n")
@@ -46,6 +68,7 @@ def state_of(raw: bytes | None) -> str:
     return (raw or b"").partition(b" ")[0].decode(errors="surrogateescape")
 
 
+@_says_if_unreadable
 def read_recipe(raw: bytes | None) -> Recipe | None:
     """Take a recipe apart; None for scattered data, which has none."""
     if raw is None:
@@ -54,6 +77,7 @@ def read_recipe(raw: bytes | None) -> Recipe | None:
     return Recipe(rank, float(priority), function)
 
 
+@_says_if_unreadable
 def read_given(raw: bytes | None) -> dict[int, tuple[str, bytes]]:
     """Return the given inputs, see `keys.GIVEN`: place among all inputs, from 1, -> key and value."""
     found: dict[int, tuple[str, bytes]] = {}
@@ -66,6 +90,7 @@ def read_given(raw: bytes | None) -> dict[int, tuple[str, bytes]]:
     return found
 
 
+@_says_if_unreadable
 def read_result(raw: bytes | None) -> Result | None:
     """Take size and type of a result apart; None where there is none."""
     if raw is None:

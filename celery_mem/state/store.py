@@ -140,7 +140,7 @@ class Input(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """A task that a slot is to run."""
+    """A task that a slot is to run; `function` is empty where its record is unreadable."""
 
     key: str
     attempt: str
@@ -848,9 +848,14 @@ def _repeat_step(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _taken(reply: Sequence[Any]) -> Taken:
-    key, attempt, function, payload, blob, flat = reply
-    inputs = [_input(*flat[i : i + 3]) for i in range(0, len(flat), 3)] if flat else []
-    return Taken(key.decode(), attempt.decode(), function.decode(), payload, blob.decode(), inputs)
+    try:
+        key, attempt, function, payload, blob, flat = reply
+        inputs = [_input(*flat[i : i + 3]) for i in range(0, len(flat), 3)] if flat else []
+        return Taken(key.decode(), attempt.decode(), function.decode(), payload, blob.decode(), inputs)
+    except (ValueError, TypeError, AttributeError):
+        # An altered record. The slot owns the task and those that came with it, so it is to fail by itself.
+        key, attempt, *_ = reply
+        return Taken(key.decode(errors="surrogateescape"), attempt.decode(), "", b"", "", [])
 
 
 def _input(key: bytes, kind: bytes, data: bytes) -> Input:

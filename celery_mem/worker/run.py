@@ -25,6 +25,7 @@ from celery_mem.errors import (
     TaskExitError,
     TaskInterrupt,
     TaskTimeoutError,
+    UnreadableRecordError,
 )
 from celery_mem.graph.calls import call_name, decode_call, decode_function, timeout_of
 from celery_mem.graph.errors import encode_error
@@ -100,6 +101,8 @@ class TaskRunner:
         keep = None
         shown = None if self.events is None else self.events.begin(task)
         try:
+            if not task.function:
+                raise UnreadableRecordError(f"the record of {task.key}")
             func = self._function(task.function)
             started = time.perf_counter()
             timeout, args, kwargs = self._arguments(task)
@@ -167,7 +170,7 @@ class TaskRunner:
             exit_error.__cause__ = error
             exit_error.__traceback__ = error.__traceback__
             error = exit_error
-        may_retry = not isinstance(error, SerializationError | SignatureError)
+        may_retry = not isinstance(error, SerializationError | SignatureError | UnreadableRecordError)
         data = encode_error(error, skip_frames=_own_frames(error), key=task.key)
         return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
 
