@@ -101,9 +101,7 @@ class TaskRunner:
         keep = None
         shown = None if self.events is None else self.events.begin(task)
         try:
-            if not task.function:
-                raise UnreadableRecordError(f"the record of {task.key}")
-            func = self._function(task.function)
+            func = self._function(task)
             started = time.perf_counter()
             timeout, args, kwargs = self._arguments(task)
             if shown is not None:
@@ -174,7 +172,10 @@ class TaskRunner:
         data = encode_error(error, skip_frames=_own_frames(error), key=task.key)
         return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
 
-    def _function(self, name: str) -> Callable[..., Any]:
+    def _function(self, task: Taken) -> Callable[..., Any]:
+        name = task.function
+        if not name:
+            raise UnreadableRecordError(f"the record of {task.key}")
         func = self._functions.get(name)
         if func is None:
             code = self.store.link.call("GET", self.store.keys.of("function", name))

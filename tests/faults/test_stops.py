@@ -101,6 +101,7 @@ def test_what_a_task_of_another_client_needs_is_not_stopped(deployment: Deployme
         theirs = other.submit(tasks.add, other.future(future.key), ".")
         other.session.flush()
         future.cancel()
+        time.sleep(0.5)  # several times as long as an agent takes to have it end
         deployment.redis.rpush("go:needed", "x")
         assert theirs.result(timeout=60) == "word."
         assert deployment.runs() == {"needed": 1}

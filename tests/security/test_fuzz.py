@@ -1,8 +1,9 @@
-"""Whatever somebody without a key writes into records, streams and blobs: nothing runs, everybody lives on."""
+"""Whatever somebody without a key writes to records, streams and blobs: nothing runs, everybody lives on."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def altered(chance: random.Random, old: bytes, bomb: bytes) -> bytes:
 
 @pytest.mark.parametrize("field", RECORD)
 def test_altered_records_run_nothing_and_stop_nobody(space: Space, intruder: Intruder, field: str) -> None:
-    chance = random.Random(field)  # noqa: S311 (the same on each run)
+    chance = random.Random(field)
     slot, coordinator = space.slot(), Coordinator(space.store.twin(), Nowhere())
     spoilt = []
     for n in range(ROUNDS):
@@ -90,7 +91,7 @@ def test_altered_records_run_nothing_and_stop_nobody(space: Space, intruder: Int
         with contextlib.suppress(*REFUSALS):
             slot.run_ticket("1")
         coordinator.run_once(1e9 * (n + 1))
-        for look in (overview, memory_picture, lambda s, key=text_of(x.key): describe_task(s, key)):
+        for look in (overview, memory_picture, functools.partial(describe_task, key_text=text_of(x.key))):
             with contextlib.suppress(*REFUSALS):
                 look(space.store)
         assert not intruder.trace.exists()
@@ -110,7 +111,7 @@ def test_an_error_of_any_bytes_has_a_summary(data: bytes) -> None:
 
 
 def test_altered_notices_cost_no_other_notice(space: Space, intruder: Intruder) -> None:
-    chance = random.Random("notices")  # noqa: S311 (the same on each run)
+    chance = random.Random("notices")
     future = space.submit(double, 1)
     session = space.client.session
     stream = space.store.keys.of("notices", session.id)
@@ -127,7 +128,7 @@ def test_altered_notices_cost_no_other_notice(space: Space, intruder: Intruder) 
 
 @pytest.mark.parametrize("n", range(8))
 def test_an_altered_blob_is_refused(space: Space, intruder: Intruder, n: int) -> None:
-    chance = random.Random(n)  # noqa: S311 (the same on each run)
+    chance = random.Random(n)
     future = space.submit(bytes, 2_000_000)
     space.slot().run_ticket("1")
     space.client.wait_for([future._state], 10, "it")
