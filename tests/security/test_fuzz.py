@@ -1,10 +1,11 @@
-"""Whatever somebody without a key writes into records, streams and blobs: nothing runs, everybody lives on."""
+"""Whatever somebody without a key writes into records, streams and blobs: nothing runs, all live on."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -92,7 +93,7 @@ def test_altered_records_run_nothing_and_stop_nobody(space: Space, intruder: Int
         with contextlib.suppress(*REFUSALS):
             slot.run_ticket("1")
         coordinator.run_once(1e9 * (n + 1))
-        for look in (overview, memory_picture, lambda s, key=text_of(x.key): describe_task(s, key)):
+        for look in (overview, memory_picture, partial(describe_task, key_text=text_of(x.key))):
             with contextlib.suppress(*REFUSALS):
                 look(space.store)
         assert not intruder.trace.exists()
