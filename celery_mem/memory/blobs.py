@@ -48,7 +48,7 @@ def write(link: Link, commands: Sequence[Command]) -> None:
 def read(link: Link, name: str, what: str = "object") -> tuple[bytearray | bytes, list[bytearray]] | None:
     """Return head and buffers of a blob; None if it is not there, or not whole and as it was written."""
     packed, piece, check = link.call("HMGET", name, "h", 0, "c")
-    if packed is None:
+    if not packed or len(packed) % 8:
         return None
     sizes = struct.unpack(_SIZES % (len(packed) // 8), packed)
     whole = _Sink(sizes)
@@ -58,7 +58,7 @@ def read(link: Link, name: str, what: str = "object") -> tuple[bytearray | bytes
         piece = link.call("HGET", name, at)
     if piece is None and not whole.is_full:
         return None
-    if check is not None and checksum_of(whole.parts) != int(check):
+    if check is not None and b"%d" % checksum_of(whole.parts) != check:
         log.warning("the blob of %s in Redis is damaged", what)
         return None
     return whole.parts[0], whole.parts[1:]

@@ -25,6 +25,8 @@ from celery_mem.state.link import BROKEN, Command, Link
 
 log = logging.getLogger("celery_mem.memory")
 
+MOST_BYTES = 1 << 40
+"""No Redis holds a blob of this size: a head that says so was altered."""
 WINDOW = 2
 """Pieces under way at a time: one is sent while the reply to another comes."""
 PIECE_BYTES = 4 << 20
@@ -107,7 +109,11 @@ def receive(link: Link, name: str, make: Make, *, wait: Callable[[], bool] | Non
     packed = link.call("HGET", name, "h")
     if packed is None:
         return False
+    if not packed or len(packed) % 8:
+        return _remove_damaged(link, name)
     sizes = struct.unpack(f"<{len(packed) // 8}Q", packed)
+    if sum(sizes) > MOST_BYTES:
+        return _remove_damaged(link, name)
     target = _Target(make(sizes))
     while True:
         _persist(link, lambda conn: _take_pieces(conn, name, target), lambda: target.at)
@@ -119,8 +125,12 @@ def receive(link: Link, name: str, make: Make, *, wait: Callable[[], bool] | Non
 
 def _is_whole(link: Link, name: str, target: _Target) -> bool:
     check = link.call("HGET", name, "c")
-    if check is None or int(check) == target.check:
+    if check is None or check == b"%d" % target.check:
         return True
+    return _remove_damaged(link, name)
+
+
+def _remove_damaged(link: Link, name: str) -> bool:
     log.warning("the blob %s is damaged", name)
     link.call("UNLINK", name)
     return False
