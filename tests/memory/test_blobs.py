@@ -52,6 +52,7 @@ def test_parts_of_any_size_are_cut_and_joined(parts, piece_bytes):
         NAME, Frames(head, [memoryview(b) for b in buffers], ()), piece_bytes=piece_bytes, lease_s=1
     )
     stored = {str(c[i]): c[i + 1] for c in commands if c[0] == "HSET" for i in range(2, len(c), 2)}
+    stored["c"] = b"%d" % stored["c"]  # as Redis gives numbers back
     pieces = [stored[str(i)] for i in range(len(stored) - 2)]
     assert b"".join(pieces) == b"".join(parts)
     assert all(len(p) == piece_bytes for p in pieces[:-1])
