@@ -70,7 +70,7 @@ class SignatureError(CeleryMemError):
         )
 
 
-class UnreadableRecordError(CeleryMemError):
+class UnreadableRecordError(CeleryMemError, ValueError):
     """A task's record in Redis is not as this package writes them.
 
     Args:
