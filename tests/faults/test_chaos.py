@@ -9,8 +9,8 @@ from tests.faults.chaos.run import Run
 from tests.faults.chaos.schedule import WEIGHTS
 
 SEED = 7
-SECONDS = 10.0
-SLOW = {"kill an agent", "stop an agent", "stop a node"}
+SECONDS = 6.0
+SLOW = {"kill an agent", "stop an agent", "stop a node", "kill Redis"}
 """What is dropped while no agent hears is a file until the next one has looked twice, a minute apart."""
 
 

@@ -12,7 +12,7 @@ from tests import tasks
 from tests.deployment import ROOT, Deployment
 
 CLOCK = Path(__file__).parent / "chaos" / "clock"
-LEASE_S = 2.0
+LEASE_S = 1.0
 
 
 @pytest.mark.parametrize("skew_s", [3600.0, -3600.0])

@@ -29,7 +29,7 @@ from tests.worker.conftest import Space
 
 REFUSALS = (CeleryMemError, ResponseError)
 """What a call may end with on altered records: a text of ours, or of the script that met them."""
-ROUNDS = 6
+ROUNDS = 4
 # Not the dependencies: a script that follows one to a key that is not there fails as a whole, and work stops.
 RECORD = ("payload", "given", "recipe", "value", "result", "error", "blame", "constraint", "prefer")
 
