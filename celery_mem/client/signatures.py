@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from celery_mem.graph.app_tasks import AppTask
+from celery_mem.graph.app_tasks import AppTask, AppTaskAfter, as_app_task
 
 if TYPE_CHECKING:
     from celery_mem.client.client import Client
@@ -43,18 +43,31 @@ def submit_signature(client: Client, sig: Any, args: Sequence[Any], options: dic
         ValueError: an option of a signature means nothing in a graph; nothing was submitted of that task.
     """
     kind = sig.subtask_type
-    if kind == "chain":
-        made: Made = None
-        for i, part in enumerate(sig.tasks):
-            made = submit_signature(client, part, args if i == 0 else (made,), options)
-        return made
+    if kind not in ("chain", "group", "chord"):
+        return _submit_one(client, sig, tuple(args), options)
+    _check_whole(sig)
+    key = options.get("key")
+    inner = {name: value for name, value in options.items() if name != "key"}
     if kind == "group":
-        return [submit_signature(client, part, args, options) for part in _members(sig)]
+        if key is not None:
+            raise ValueError(f"a group has no key of its own, as {key!r}; its tasks may have one by task_id")
+        return [submit_signature(client, part, args, inner) for part in _members(sig)]
     if kind == "chord":
-        header = [submit_signature(client, part, args, options) for part in _members(sig)]
+        header = [submit_signature(client, part, args, inner) for part in _members(sig)]
         return submit_signature(client, sig.body, (header,), options)
-    given = () if sig.immutable else tuple(args)
-    return _submit_one(client, sig, (*given, *sig.args), options)
+    made: Made = None
+    for i, part in enumerate(sig.tasks):
+        told = options if i == len(sig.tasks) - 1 else inner
+        made = submit_signature(client, part, args if i == 0 else (made,), told)
+    return made
+
+
+def _check_whole(sig: Any) -> None:
+    for name, value in sig.options.items():
+        if value is not None and value != [] and name not in WITHOUT_EFFECT | {"task_id"}:
+            raise ValueError(
+                f"{sig!r}: set the option {name}={value!r} on its tasks, it says nothing of the whole"
+            )
 
 
 def _members(sig: Any) -> Sequence[Any]:
@@ -80,4 +93,19 @@ def _submit_one(client: Client, sig: Any, args: tuple[Any, ...], options: dict[s
                 f"{sig.task}: the option {name}={value!r} of its signature means nothing in a graph; take it "
                 "away, or send the signature by Celery itself"
             )
-    return client.submit(AppTask(sig.task), *args, **{**sig.kwargs, **options, **own})
+    if taken := sorted(sig.kwargs.keys() & (options.keys() | {"key"})):
+        raise ValueError(
+            f"{sig.task}: submit has options {taken} of its own; give the task these by position"
+        )
+    options = {**options, "retries": _retries(sig, options.get("retries") or 0), **own}
+    is_after = sig.immutable and bool(args)
+    func = (AppTaskAfter if is_after else AppTask)(sig.task)
+    return client.submit(func, *args, *sig.args, **sig.kwargs, **options)
+
+
+def _retries(sig: Any, retries: int) -> int:
+    try:
+        task = sig.type
+    except Exception:  # this process may know the task by its name only
+        return retries
+    return as_app_task(task, retries)[1]

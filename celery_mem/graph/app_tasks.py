@@ -40,6 +40,17 @@ class AppTask:
         return AppTask, (self.name,)
 
 
+class AppTaskAfter(AppTask):
+    """The same, after something whose result it does not take, as an immutable signature of a chain."""
+
+    def __call__(self, before: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run it without its first argument."""
+        return super().__call__(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AppTaskAfter, (self.name,)
+
+
 def is_app_task(func: Any) -> bool:
     """Tell whether something is a task of a Celery app."""
     return hasattr(func, "apply_async") and hasattr(func, "run") and isinstance(getattr(func, "name", 0), str)

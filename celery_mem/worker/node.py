@@ -135,9 +135,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def _for_doctor(self, parent: Any) -> dict[str, Any]:
         """What graph/doctor.py looks at."""
         told: dict[str, Any] = {"versions": own_versions(), "hashseed": os.environ.get("PYTHONHASHSEED", "")}
-        with contextlib.suppress(OSError):
-            room = os.statvfs(self.settings.shm_folder or SHARED_MEMORY)
-            told["shm"] = str(room.f_bavail * room.f_frsize)
+        if self.settings.node_memory:
+            with contextlib.suppress(OSError):
+                room = os.statvfs(self.settings.shm_folder or SHARED_MEMORY)
+                told["shm"] = str(room.f_bavail * room.f_frsize)
         options = parent.app.conf.broker_transport_options or {}
         if "visibility_timeout" in options:
             told["visibility"] = str(options["visibility_timeout"])

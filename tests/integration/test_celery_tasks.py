@@ -83,6 +83,24 @@ class TestASignature:
         assert client.submit(sig).result(timeout=60) == 27
         assert client.submit(chain(shop.price.s(1), shop.price.si(5))).result(timeout=60) == 15
 
+    def test_that_is_immutable_comes_after_what_it_does_not_take(
+        self, client: Client, shop: Any, deployment: Deployment
+    ) -> None:
+        """It finds what the one before it counted."""
+        deployment.redis.delete("counter:c")
+        sig = chain(shop.fails_at_first.s("counter:c", 0), shop.fails_at_first.si("counter:c", 0))
+        assert client.submit(sig).result(timeout=60) == 2
+        assert client.submit(chord([shop.price.s(1)], shop.price.si(4)), key="body").result(timeout=60) == 12
+        deployment.redis.delete("counter:c")
+
+    def test_says_what_it_cannot_mean(self, client: Client, shop: Any) -> None:
+        with pytest.raises(ValueError, match="set the option countdown=9 on its tasks"):
+            client.submit(chain(shop.price.s(1), shop.price.s()).set(countdown=9))
+        with pytest.raises(ValueError, match="a group has no key"):
+            client.submit(group([shop.price.s(1), shop.price.s(2)]), key="x")
+        with pytest.raises(ValueError, match=r"options \['timeout'\] of its own"):
+            client.submit(shop.price.s(timeout=3))
+
     def test_of_a_group_is_a_list(self, client: Client, shop: Any) -> None:
         futures = client.submit(group(shop.price.s(n) for n in range(4)))
         assert client.gather(futures, timeout=60) == [0, 3, 6, 9]

@@ -103,6 +103,7 @@ def test_worker_and_coordinator_do_a_job_over_few_connections(url: str) -> None:
         assert rules <= {"persistence", "hash seed"}, rules
 
 
+@pytest.mark.node_memory  # the figure is that of the defaults
 def test_with_the_web_process_all_stays_within_25_connections(url: str) -> None:
     with start(url, "web", "worker", "coordinator") as dynos, Client(url, set_as_default=False) as client:
         client.wait_for_workers(1, timeout=60)
