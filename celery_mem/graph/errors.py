@@ -47,12 +47,12 @@ def encode_error(error: BaseException, *, skip_frames: int = 0, key: str = "") -
     head = {
         "key": key,
         "type": _name(error),
-        "message": _message(error),
-        "traceback": _text(error, tb)[-MAX_TEXT:],
+        "message": message_of(error),
+        "traceback": text_of(error, tb)[-MAX_TEXT:],
         "chain": [
             {
                 "type": _name(link.error),
-                "message": _message(link.error),
+                "message": message_of(link.error),
                 "how": link.how,
                 "frames": _frames(tb if link.error is error else link.error.__traceback__),
             }
@@ -78,7 +78,8 @@ def _chain(error: BaseException) -> Iterator[_Link]:
             link = None
 
 
-def _text(error: BaseException, tb: TracebackType | None) -> str:
+def text_of(error: BaseException, tb: TracebackType | None) -> str:
+    """Return the lines that Python would print. Never fails, whatever the exception's class does."""
     try:
         return "".join(traceback.format_exception(type(error), error, tb))
     except Exception:
@@ -89,7 +90,8 @@ def _name(error: BaseException) -> str:
     return f"{type(error).__module__}.{type(error).__qualname__}"
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """Return the text of an error. Never fails, whatever the exception's class does."""
     try:
         return str(error)[:MAX_TEXT]
     except Exception:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import stat
 import tempfile
 import time
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from celery_mem.config import Settings
+from celery_mem.memory.asking import is_listening
 from celery_mem.memory.process import is_alive
 from celery_mem.memory.recycling import pid_namespace
 from celery_mem.memory.spilling import ABOUT, make_spill
@@ -175,19 +175,7 @@ def is_dead(path: str) -> bool:
         return _age(path) > _GRACE_S  # it is being made, or removed
     if about.get("pids") == pid_namespace():
         return not is_alive(str(about.get("process")))
-    return _age(path) > _GRACE_S and not _is_listening(f"{path}/{AGENT_SOCKET}")
-
-
-def _is_listening(path: str) -> bool:
-    """Ask the kernel, for a process of another container has a pid that says nothing here."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect(path)
-        except (FileNotFoundError, ConnectionRefusedError):
-            return False
-        except OSError:
-            return True
-    return True
+    return _age(path) > _GRACE_S and not is_listening(path, AGENT_SOCKET)
 
 
 def _age(path: str) -> float:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
 from celery_mem.errors import TaskInterrupt
 from celery_mem.graph.calls import call, name_of
+from celery_mem.graph.errors import message_of, text_of
 from celery_mem.graph.keys import key_of
 from celery_mem.worker.interrupts import CANCELLED
 
@@ -107,8 +107,8 @@ class Run:
         if isinstance(error, TaskInterrupt) and error.reason == CANCELLED:
             self.end = "task-revoked", time.time(), {"terminated": True, "signum": None, "expired": False}
             return
-        text = "".join(traceback.format_exception(error))[-MOST_TRACEBACK:]
-        short = f"{type(error).__name__}({_repr.of(str(error))})"
+        text = text_of(error, error.__traceback__)[-MOST_TRACEBACK:]
+        short = f"{type(error).__name__}({_repr.of(message_of(error))})"
         self.end = "task-failed", time.time(), {"exception": short, "traceback": text}
 
 

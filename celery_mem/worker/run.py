@@ -28,7 +28,7 @@ from celery_mem.errors import (
     UnreadableRecordError,
 )
 from celery_mem.graph.calls import call_name, decode_call, decode_function, timeout_of
-from celery_mem.graph.errors import encode_error
+from celery_mem.graph.errors import encode_error, message_of
 from celery_mem.graph.keys import key_of
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import MARK, Kind, seal_of
@@ -163,7 +163,8 @@ class TaskRunner:
             self.events.failed(task, error)
         if not isinstance(error, Exception):
             exit_error = TaskExitError(
-                f"task {task.key} raised {type(error).__name__}({error}), which would have ended its worker"
+                f"task {task.key} raised {type(error).__name__}({message_of(error)}), "
+                "which would have ended its worker"
             )
             exit_error.__cause__ = error
             exit_error.__traceback__ = error.__traceback__

@@ -52,6 +52,11 @@ class WithoutTextError(Exception):
         raise RuntimeError("no text")
 
 
+class WithoutTextExit(BaseException):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 class LoadsNowhere:
     def __reduce__(self):
         return fail, ("not here",)
@@ -158,7 +163,11 @@ class TestExceptions:
 
     def test_one_without_text_arrives(self, client):
         with pytest.raises(WithoutTextError):
-            client.submit(raise_it, WithoutTextError).result()
+            client.submit(raise_it, WithoutTextError).result(timeout=30)
+
+    def test_what_would_end_the_worker_arrives_without_text_too(self, client):
+        with pytest.raises(TaskExitError, match="WithoutTextExit"):
+            client.submit(raise_it, WithoutTextExit).result(timeout=30)
 
     def test_endless_recursion_arrives_with_a_bounded_traceback(self, client):
         with pytest.raises(RecursionError, match="maximum recursion depth") as caught:
