@@ -15,7 +15,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -338,19 +338,26 @@ def timeout_of(payload: bytes) -> tuple[float | None, bytes]:
 
 
 def decode_call(
-    payload: bytes, deps: Sequence[str], values: Sequence[Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    payload: bytes,
+    deps: Sequence[str],
+    values: Sequence[Any],
+    accepts: Callable[[Iterable[Any]], bool] | None = None,
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Return the arguments with the inputs in their places.
 
     Args:
         deps: key texts, in the order of the payload's places.
         values: the input for each of them.
+        accepts: is shown the arguments before Dask's nodes among them are evaluated. None is returned where
+            it does not accept them.
     """
     outer, _inputs.values = _inputs.values, values
     try:
         args, kwargs = loads_inline(payload[1:], "arguments")
     finally:
         _inputs.values = outer
+    if accepts is not None and not (accepts(args) and accepts(kwargs.values())):
+        return None
     if payload[:1] == NODE:
         from celery_mem.graph.nodes import evaluate
 

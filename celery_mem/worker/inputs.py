@@ -38,9 +38,11 @@ class InputsMissingError(Exception):
 class Inputs(Protocol):
     """Gives a slot the inputs of its tasks."""
 
-    def read(self, given: Sequence[Input]) -> list[Any]:
+    def read(self, given: Sequence[Input], lent: list[memoryview] | None = None) -> list[Any]:
         """Return the values, each an object of its own: a task that writes into it spoils nobody's.
 
+        Args:
+            lent: takes what of their memory is not theirs, as the task will not write; it cannot.
         Raises:
             InputsMissingError: some are not there, the task is to be handed back.
         """
@@ -61,7 +63,7 @@ class StoredInputs:
         self.results = ResultCache(settings.cache_bytes)
         self.durable = durable_files(settings)
 
-    def read(self, given: Sequence[Input]) -> list[Any]:
+    def read(self, given: Sequence[Input], lent: list[memoryview] | None = None) -> list[Any]:
         return [self._read(i) for i in given]
 
     def note(self, key: str, token: str, frames: Frames) -> None:
@@ -112,7 +114,7 @@ class NodeInputs:
             durable=durable_files(store.settings),
         )
 
-    def read(self, given: Sequence[Input]) -> list[Any]:
+    def read(self, given: Sequence[Input], lent: list[memoryview] | None = None) -> list[Any]:
         values: list[Any] = []
         lost: list[tuple[str, str, str]] = []
         is_complete = True
@@ -125,7 +127,7 @@ class NodeInputs:
                 if i.kind == "v":
                     values.append(self.seal.load_inline(i.key, i.data, what))
                 else:
-                    values.append(self._read(i.key, sources[i.key], what))
+                    values.append(self._read(i.key, sources[i.key], what, lent))
             except Gone as gone:  # go on: all that is missing is told at once
                 is_complete = False
                 lost += [(gone.key, gone.token, place) for place in gone.places]
@@ -139,7 +141,10 @@ class NodeInputs:
     def close(self) -> None:
         self.reader.close()
 
-    def _read(self, key: str, sources: Sources, what: str) -> Any:
+    def _read(self, key: str, sources: Sources, what: str, lent: list[memoryview] | None) -> Any:
+        if lent is not None and (loan := self.memory.live.lend(sources.token)) is not None:
+            lent += loan.buffers
+            return self.seal.load(key, loan.head, loan.buffers, what)
         copy = self._copy_of(sources.token)
         if copy is not None:
             return self.seal.load(key, copy.head, copy.buffers, what)

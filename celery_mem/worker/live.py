@@ -156,6 +156,13 @@ class LiveResults:
             return None
         return Copy(item.head, [copy_of(memoryview(b)) for b in item.buffers])
 
+    def lend(self, token: str) -> Copy | None:
+        """Return a result for a reader who may not write into it; None if the result is not here."""
+        item = self._items.get(token)
+        if item is None:
+            return None
+        return Copy(item.head, [memoryview(b).toreadonly() for b in item.buffers])
+
     def begin(self) -> None:
         """A slot begins to run tasks."""
         with self._changed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import logging
 import signal
 import threading
 import time
@@ -30,6 +31,7 @@ from celery_mem.errors import (
 from celery_mem.graph.calls import call_name, decode_call, decode_function, timeout_of
 from celery_mem.graph.errors import encode_error, message_of
 from celery_mem.graph.keys import key_of
+from celery_mem.graph.readers import only_read
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import MARK, Kind, seal_of
 from celery_mem.memory.serialize import dumps
@@ -38,9 +40,22 @@ from celery_mem.state.store import Done, Failed, Missing, Store, Taken
 from celery_mem.worker.events import Run, TaskEvents
 from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, StoredInputs
 from celery_mem.worker.interrupts import TIMEOUT, Interrupts
+from celery_mem.worker.lending import Lender, borrows
 from celery_mem.worker.memory import ProcessMemory, token_suffix
 
+log = logging.getLogger("celery_mem.worker")
+
 KEPT_FUNCTIONS = 1000
+
+
+class _Call(NamedTuple):
+    """A call with its arguments; `lent` is what of their memory is not the task's own."""
+
+    func: Callable[..., Any]
+    timeout: float | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    lent: list[memoryview]
 
 
 class Report(NamedTuple):
@@ -87,6 +102,7 @@ class TaskRunner:
         self.seal = seal_of(settings)
         self.inputs: Inputs = StoredInputs(store, settings) if memory is None else NodeInputs(store, memory)
         self.memory = memory
+        self.lender = Lender()
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def run(self, task: Taken) -> Report:
@@ -103,19 +119,19 @@ class TaskRunner:
         try:
             func = self._function(task)
             started = time.perf_counter()
-            timeout, args, kwargs = self._arguments(task)
+            call = self._prepare(task, func, self.lender.may(task, func))
             if shown is not None:
-                shown.calls(func, args, kwargs)
+                shown.calls(func, call.args, call.kwargs)
             try:
-                result = [self._call(task, timeout, func, args, kwargs)]
+                result = self._result(task, call)
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
                 outcome = self._failure(task, error, shown)
             except TaskInterrupt as error:
-                outcome = self._failure(task, self._named(task, timeout, error), shown)
+                outcome = self._failure(task, self._named(task, call.timeout, error), shown)
             else:
-                del args, kwargs  # an input may be part of the result, which is to be nobody else's
+                del call  # an input may be part of the result, which is to be nobody else's
                 if shown is not None:
-                    shown.returned(result[0], time.perf_counter() - started)
+                    shown.returned(result[-1], time.perf_counter() - started)
                 outcome, keep = self._store_result(task, result)
         except InputsMissingError as error:
             outcome = Missing(task.key, task.attempt, error.lost)
@@ -132,19 +148,36 @@ class TaskRunner:
                 shown.goes_back()
         return Report(outcome, time.perf_counter() - started, keep)
 
-    def _call(
-        self,
-        task: Taken,
-        timeout: float | None,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if self.interrupts is None:
-            return call_task(func, args, kwargs)
+    def _result(self, task: Taken, call: _Call) -> list[Any]:
+        """Make a call; returns the pickled result or None, and the result."""
+        if call.lent:
+            result = self._call_on_loan(task, call)
+            if result is not None:
+                return result
+            self.lender.refuse(task)
+            call = self._prepare(task, call.func, may_lend=False)
+        return [None, self._call(task, call)]
+
+    def _call_on_loan(self, task: Taken, call: _Call) -> list[Any] | None:
+        """Make a call whose inputs are lent, as `_result`; None if it must have inputs of its own."""
         try:
-            self.interrupts.enter(task, self.slot, timeout)
-            return call_task(func, args, kwargs)
+            result = self._call(task, call)
+            frames = dumps(result, f"the result of {task.key}")
+            if not borrows(frames.buffers, call.lent):
+                return [frames, result]
+            if hasattr(result, "flags") and hasattr(result, "copy"):  # an array that is a part of another
+                del frames
+                return [None, result.copy()]
+        except Exception as error:
+            log.debug("%s is called again, with inputs of its own: %s", task.key, error)
+        return None
+
+    def _call(self, task: Taken, call: _Call) -> Any:
+        if self.interrupts is None:
+            return call_task(call.func, call.args, call.kwargs)
+        try:
+            self.interrupts.enter(task, self.slot, call.timeout)
+            return call_task(call.func, call.args, call.kwargs)
         finally:
             self.interrupts.leave(task)
 
@@ -188,8 +221,31 @@ class TaskRunner:
             self._functions[name] = func
         return func
 
-    def _arguments(self, task: Taken) -> tuple[float | None, tuple[Any, ...], dict[str, Any]]:
-        """Return the time limit of a call, and its arguments."""
+    def _prepare(self, task: Taken, func: Callable[..., Any], may_lend: bool) -> _Call:
+        """Fetch the arguments of a call.
+
+        Args:
+            may_lend: inputs may be lent, if nothing among the arguments speaks against it.
+        """
+        keys = [i.key for i in task.inputs]
+        timeout, payload = timeout_of(self._payload(task, keys))
+        lent: list[memoryview] = []
+        if may_lend and keys:
+            values = self.inputs.read(task.inputs, lent)
+            try:
+                found = decode_call(payload, keys, values, accepts=only_read if lent else None)
+                if found is not None:
+                    return _Call(func, timeout, *found, lent)
+            except Exception as error:  # of one of Dask's nodes, which are evaluated on the way
+                if not lent:
+                    raise
+                log.debug("the arguments of %s are made again: %s", task.key, error)
+            self.lender.refuse(task)
+        found = decode_call(payload, keys, self.inputs.read(task.inputs))
+        assert found is not None
+        return _Call(func, timeout, *found, [])
+
+    def _payload(self, task: Taken, keys: list[str]) -> bytes:
         payload = task.payload
         if task.payload_blob:
             name = self.store.keys.blob(task.payload_blob, task.key)
@@ -197,20 +253,19 @@ class TaskRunner:
             if found is None or len(found[1]) != 1:
                 raise DataLostError(key_of(task.key), "the blob with its arguments is gone")
             payload = bytes(found[1][0])
-        keys = [i.key for i in task.inputs]
         if self.seal.is_on or payload[:1] == MARK:
             payload = self.seal.open(Kind.PAYLOAD, call_name(task.key, task.function, keys), payload)
-        timeout, payload = timeout_of(payload)
-        return timeout, *decode_call(payload, keys, self.inputs.read(task.inputs))
+        return payload
 
     def _store_result(self, task: Taken, box: list[Any]) -> tuple[Done, Any]:
         """Put a result where it belongs; returns its report, and the result if that must live on meanwhile.
 
         Args:
-            box: the result, which is taken out: nothing else may refer to what is kept in node memory.
+            box: its pickled form if there is one, and the result. Both are taken out: nothing else may refer
+                to what is kept in node memory.
         """
-        result = box.pop()
-        frames = self.seal.close_frames(task.key, dumps(result, f"the result of {task.key}"))
+        result, frames = box.pop(), box.pop()
+        frames = self.seal.close_frames(task.key, frames or dumps(result, f"the result of {task.key}"))
         type_name = type(result).__qualname__
         keep = result if frames.contains else None
         del result
