@@ -190,6 +190,17 @@ class TaskRunner:
         return named
 
     def _failure(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
+        """Report a task that raised, whatever the class of the exception does when it is looked at."""
+        try:
+            return self._described(task, error, shown)
+        except Exception as why:
+            name = type.__repr__(type(error))
+            log.warning("%s raised %s, which cannot be reported: %s", task.key, name, message_of(why))
+            stand_in = CeleryMemError(f"task {task.key} raised an exception that cannot be examined: {name}")
+            data = encode_error(stand_in, key=task.key)
+            return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry=True)
+
+    def _described(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
         if shown is not None:
             shown.raised(error)
         elif self.events is not None:

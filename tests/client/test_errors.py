@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from celery_mem.errors import (
+    CeleryMemError,
     DeserializationError,
     RemoteError,
     SerializationError,
@@ -50,6 +51,12 @@ class StubbornError(Exception):
 class WithoutTextError(Exception):
     def __str__(self):
         raise RuntimeError("no text")
+
+
+class UntouchableError(Exception):
+    @property
+    def __traceback__(self):
+        raise RuntimeError("not to be looked at")
 
 
 class WithoutTextExit(BaseException):
@@ -168,6 +175,11 @@ class TestExceptions:
     def test_what_would_end_the_worker_arrives_without_text_too(self, client):
         with pytest.raises(TaskExitError, match="WithoutTextExit"):
             client.submit(raise_it, WithoutTextExit).result(timeout=30)
+
+    def test_one_that_cannot_be_looked_at_fails_its_task_all_the_same(self, client):
+        with pytest.raises(CeleryMemError, match=r"cannot be examined.*UntouchableError"):
+            client.submit(raise_it, UntouchableError).result(timeout=30)
+        assert client.submit(inc, 1).result(timeout=20) == 2
 
     def test_endless_recursion_arrives_with_a_bounded_traceback(self, client):
         with pytest.raises(RecursionError, match="maximum recursion depth") as caught:
