@@ -160,7 +160,7 @@ class TestEnd:
         client.close()
         client.close()
         with server(cluster) as r:
-            assert r.keys("{mem}:t:*") == r.keys("{mem}:n:*") == large_results(r) == []
+            assert r.keys("{mem}:t:*") == r.keys(f"{{mem}}:n:{client.id}") == large_results(r) == []
             assert client.id.encode() not in r.zrange("{mem}:clients", 0, -1)
         assert all(f.cancelled() for f in kept)
 
