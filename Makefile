@@ -3,7 +3,8 @@
 #   make demo         the main job on real data, under a minute after set-up
 #   make test         all checks and all tests, as CI runs them
 #   make test-redis   the tests of clusters once more, with all results in Redis
-#   make check        format, lint, imports, types
+#   make check        format, lint, imports, types, and the site of the documentation
+#   make docs         that site, in build/docs
 #   make bench        against dask.distributed, and Ray where it can be installed
 #
 # PYTHON=python3.12 make ...   another interpreter (3.11 or newer) for .venv
@@ -18,7 +19,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.11 python3.13 py
             $(shell $(name) -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $(name))))
 TESTS ?= tests
 
-.PHONY: help demo test test-redis check format bench clean
+.PHONY: help demo test test-redis check docs format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,11 +34,15 @@ test: check
 test-redis: $(VENV)/installed-dev
 	$(PY) -m pytest --through-redis tests/client tests/integration tests/worker tests/faults tests/local tests/hosts
 
-check: $(VENV)/installed-dev
+check: $(VENV)/installed-dev docs
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(VENV)/bin/lint-imports --no-logo
 	$(PY) -m mypy
+
+# All anew (-E): what was read and warned of before would not be warned of again.
+docs: $(VENV)/installed-dev
+	$(PY) -m sphinx -q -E -W --keep-going -b html docs build/docs
 
 format: $(VENV)/installed-dev
 	$(PY) -m ruff check --fix-only .

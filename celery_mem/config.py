@@ -97,7 +97,10 @@ class Settings:
     # the memory of the workers
     node_memory: bool = _setting(True, "large results stay on the node that made them; off: all go to Redis")
     memory_limit: int = _setting(
-        0, "memory of one node; 0 means its share of the container's or host's memory", "bytes", or_zero=True
+        0,
+        "memory of one node; 0 means all of the container's or host's, which workers of a LocalCluster share",
+        "bytes",
+        or_zero=True,
     )
     memory_target: float = _setting(0.6, "above it the coldest results are spilled to disk", "fraction")
     memory_pause: float = _setting(0.85, "above it the node takes no new task", "fraction")

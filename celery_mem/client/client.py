@@ -207,7 +207,7 @@ class Client(DataMethods, LifetimeMethods):
                 call under a key counts for as long as anybody holds it, or holds what depends on it.
             pure: equal calls share one key and run once. False gives a new key.
             retries: how often to run again after an exception, without delay.
-            priority: higher runs first, before the order of submission.
+            priority: a number; higher runs first, before the order of submission.
             workers: names of nodes, or of hosts for all nodes there, that alone may run it. A name that
                 does not exist is no mistake: the task waits for such a worker, and `celery-mem status`
                 says so.
@@ -220,9 +220,14 @@ class Client(DataMethods, LifetimeMethods):
                 that does not end it within `mem_stop_grace`, its process is killed; its future raises
                 TaskTimeoutError, unless it has `retries` left. On the pools threads and solo the future
                 fails, and the task runs on. A function's own argument of this name goes by functools.partial.
+        Returns:
+            a future; for a group, a list of futures.
         Raises:
+            TypeError: `func` is not callable.
             SerializationError: the function or an argument cannot be pickled.
             FutureCancelledError: an argument was cancelled.
+            ForeignFutureError: an argument is a future of another client.
+            UnknownAppTaskError: raised by the future: the worker's app has no task of this name.
         Note:
             Small calls are sent some milliseconds later, together. What Redis has against one its future
             raises: StoreFullError, or MissingKeyError for a future in an object whose task is gone.
@@ -280,10 +285,16 @@ class Client(DataMethods, LifetimeMethods):
         Args:
             key: a prefix for the keys, or one key per call.
             batch_size: ignored; tasks always go to Redis in chunks.
+            pure, retries, priority: of each task, as in `submit`.
             workers, allow_other_workers, resources, queue, durable, timeout: of each task, as in `submit`.
             kwargs: given to every call; large ones are stored once.
+        Returns:
+            a future for each call, in their order; as many as the shortest of the iterables has items.
         Raises:
             TypeError: an argument is an iterator or a queue, whose end nobody knows.
+            ValueError: there are not as many keys as calls.
+            SerializationError: the function or an argument cannot be pickled.
+            FutureCancelledError: an argument was cancelled.
         """
         if not callable(func):
             raise TypeError(f"map wants a function and iterables, not {func!r}")
@@ -361,12 +372,17 @@ class Client(DataMethods, LifetimeMethods):
             sync: wait, and return results instead of futures.
             optimize_graph: let Dask optimize first.
             traverse: look for collections inside containers.
+            retries, priority: of all tasks, as in `submit`.
             workers, resources: of all tasks, as in `submit`; or a dict of that for some collections or keys,
                 which counts for their results only. What `dask.annotate` says of a task goes before, where
                 Dask's optimizer keeps it.
             allow_other_workers, durable: as in `submit`; of the results, not of what they are made from.
         Returns:
             a future for one collection, a list for several.
+        Raises:
+            TypeError: an argument that it does not know.
+            SerializationError: a function or a value in the graph cannot be pickled.
+            GraphCycleError: the graph has a cycle.
         """
         _refuse(kwargs, "compute")
         single = not args and not isinstance(collections, (list, tuple, set, frozenset))
@@ -421,12 +437,15 @@ class Client(DataMethods, LifetimeMethods):
 
         Args:
             collections: a collection, or a list, tuple or set of them; further ones may follow.
+            optimize_graph, retries, priority: as in `compute`.
             workers, allow_other_workers, resources, durable: as in `compute`.
         Returns:
-            collections like the ones given, whose graphs hold one future per part and nothing else: the data
+            collections like the ones given, whose graphs hold one future per part and nothing else. The data
             stays for as long as they, or what is derived from them, live.
         Raises:
             AssertionError: an argument is no Dask collection.
+            TypeError: an argument that it does not know.
+            SerializationError: a function or a value in the graph cannot be pickled.
         """
         _refuse(kwargs, "persist")
         single = not args and not isinstance(collections, (list, tuple, set, frozenset))
@@ -466,6 +485,7 @@ class Client(DataMethods, LifetimeMethods):
             keys: a key, or lists of keys, nested to any depth. As everywhere, a key that is held already, by
                 anybody, is not computed again.
             sync: wait and return results, and keep nothing; False returns futures.
+            retries, priority: of all tasks, as in `submit`.
             workers, allow_other_workers, resources: as in `compute`; dicts name keys.
             kwargs: options meant for Dask's own schedulers, without effect.
         Returns:
@@ -514,7 +534,11 @@ class Client(DataMethods, LifetimeMethods):
         ]
 
     def write_blob(self, token: str, text: str, frames: Frames) -> str:
-        """Store a large object ahead of the call that refers to it; returns its name in Redis."""
+        """Store a large object ahead of the call that refers to it, for this package's own use.
+
+        Returns:
+            its name in Redis.
+        """
         name = self._session.store.keys.blob(token, text)
         commands = blobs.write_commands(
             name, frames, piece_bytes=self.settings.piece_bytes, lease_s=self.settings.blob_lease
@@ -560,7 +584,7 @@ class Client(DataMethods, LifetimeMethods):
         )
 
     def result_of(self, state: KeyState, key: Key, timeout: float | None) -> Any:
-        """Wait for one key and return its result."""
+        """Wait for one key and return its result; for this package's own use."""
         if state.status not in FINAL:
             self.wait_for([state], timeout, f"the result of {key!r}")
         return self._value(state, key, timeout)
@@ -568,14 +592,14 @@ class Client(DataMethods, LifetimeMethods):
     def error_of(
         self, state: KeyState, key: Key, timeout: float | None
     ) -> tuple[BaseException | None, TracebackType | None]:
-        """Wait for one key and return its error and traceback, or None twice."""
+        """Wait for one key and return its error and traceback, or None twice; for this package's own use."""
         self.wait_for([state], timeout, f"the outcome of {key!r}")
         if state.status == CANCELLED:
             self.raise_cancelled(state, key)
         return self._decoded_error(state, key) if state.status == ERROR else (None, None)
 
     def raise_cancelled(self, state: KeyState, key: Key) -> NoReturn:
-        """Raise the error of a cancelled future."""
+        """Raise the error of a cancelled future; for this package's own use."""
         raise FutureCancelledError(key, state.reason)
 
     def wait_for(
@@ -650,7 +674,7 @@ class Client(DataMethods, LifetimeMethods):
             del error, tb  # or this frame and the error keep each other, and what the callers hold, alive
 
     async def await_result(self, future: Future, state: KeyState) -> Any:
-        """Wait for one future in an event loop and return its result."""
+        """Wait for one future in an event loop and return its result; for this package's own use."""
         import asyncio
 
         key = future.key
@@ -669,7 +693,7 @@ class Client(DataMethods, LifetimeMethods):
         return decode_error(self._session.seal.open(Kind.ERROR, "", state.error, shown=state.text))
 
     def call_when_done(self, future: Future, state: KeyState, fn: Callable[[Future], Any]) -> None:
-        """Run `fn(future)` in the callback thread when the key is final."""
+        """Run `fn(future)` in the callback thread when the key is final; for this package's own use."""
         with self._session.lock:
             if self._callbacks is None:
                 self._callbacks = queues.SimpleQueue()
@@ -700,7 +724,7 @@ class Client(DataMethods, LifetimeMethods):
         return future
 
     def hold_future(self, future: Future) -> None:
-        """Bind an unbound future to this client."""
+        """Bind an unbound future to this client; for this package's own use."""
         text = text_of(future.key)
         session = self._session
         with session.order:
@@ -728,7 +752,7 @@ class Client(DataMethods, LifetimeMethods):
         return future
 
     def release_later(self, state: KeyState) -> None:
-        """Count one future of a key less; safe to call from a finalizer."""
+        """Count one future of a key less; safe to call from a finalizer; for this package's own use."""
         self._session.releases.later(state)
 
     def cancel(self, futures: Any, *, force: bool = False, reason: str = "") -> None:
@@ -751,7 +775,13 @@ class Client(DataMethods, LifetimeMethods):
             self._session.cancel(texts, force, reason)
 
     def retry(self, futures: Any) -> None:
-        """Run failed tasks again, with the failed inputs behind them."""
+        """Run failed tasks again, with the failed inputs behind them; what did not fail is left alone.
+
+        Args:
+            futures: a future, a collection, or containers of them.
+        Raises:
+            FutureCancelledError: one of them was cancelled.
+        """
         texts = list(dict.fromkeys(text_of_future(f, self) for f in lowering.futures_of(futures)))
         if texts:
             self._session.retry(texts)
@@ -760,11 +790,11 @@ class Client(DataMethods, LifetimeMethods):
         return text_of_future(future, self)
 
     def fresh_token(self) -> str:
-        """Return a text that this client never gives again."""
+        """Return a text that this client never gives again; for this package's own use."""
         return f"{self._unique}{next(self._numbers):08x}"
 
     def next_blob_token(self) -> str:
-        """Return a name for a new blob of this client."""
+        """Return a name for a new blob of this client; for this package's own use."""
         return f"{_UNSAFE.sub('_', self._session.id)}.{next(self._numbers)}"
 
     # --- the cluster ---
@@ -787,7 +817,29 @@ class Client(DataMethods, LifetimeMethods):
     def info(self) -> dict[str, Any]:
         """Describe the cluster: Redis, nodes and their memory, queues, tasks by state, bytes, jobs, clients.
 
-        See `celery_mem.graph.overview.overview` for the shape.
+        Not one moment's picture: it is read in several steps while work goes on. Costs a scan over all keys
+        of the server, in pages that hold up nobody.
+
+        Returns:
+            a dict with
+
+            - namespace, generation, queue, leader (id of the coordinator or None), clock (server time, s)
+            - redis: version, used_memory and maxmemory (bytes), used_memory_human, maxmemory_policy
+            - nodes, by name: slots, busy (slots that run a task), pid, pool, hostname, lease (s left), keys
+              (with a copy there), memory (bytes by kind), freed (copies, by its agent), limit (bytes),
+              resources (amounts by name), status (running, paused, retiring or stopping)
+            - queues: ready (that any node may take; `tasks` counts all), unsettled (left for the sweep),
+              tickets (on their way), idle (slots that wait)
+            - tasks: number by state
+            - nbytes: size of all results, bytes
+            - clients, by id: keys (held), lease (s left)
+            - datasets: the names of those that are published
+            - forgotten: number of tasks that run though nobody holds them
+            - copies: number of keys of which more than one copy is wanted
+            - jobs, by id: kind, done, total
+            - unrunnable: constraint, tasks (number), waiting (s) and reason, of tasks that no node may run
+        Raises:
+            RedisUnavailableError: Redis does not answer.
         """
         from celery_mem.graph.overview import overview
 
@@ -798,6 +850,9 @@ class Client(DataMethods, LifetimeMethods):
     def wait_for_workers(self, n_workers: int = 1, timeout: float | None = None) -> None:
         """Wait until nodes have joined.
 
+        Args:
+            n_workers: number of nodes.
+            timeout: seconds; None waits without end.
         Raises:
             TimeoutError: fewer came in time.
         """
@@ -854,7 +909,7 @@ class Client(DataMethods, LifetimeMethods):
     # --- life ---
 
     def as_current(self) -> Any:
-        """Return a context manager in which this is `Client.current()`."""
+        """Return a context manager in which this is `Client.current()`, and which does not close it."""
         return _Current(self)
 
     def close(self, release: bool | None = None) -> None:

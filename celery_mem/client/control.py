@@ -38,8 +38,10 @@ class DataControl:
     def texts(self, futures: Any) -> list[str]:
         """Return key texts: of futures and collections, or of keys; None means all that the client holds."""
         if futures is None:
-            with self._session.lock:
-                return list(self._session.states)
+            with self._session.order:
+                self._session.releases.count()  # who just dropped a future does not hold it any more
+                with self._session.lock:
+                    return list(self._session.states)
         if found := lowering.futures_of(futures):
             for future in found:
                 if future.client is self._client and future.status == CANCELLED:

@@ -29,7 +29,7 @@ class DataMethods:
     _session: Session
 
     def fresh_token(self) -> str:
-        """Return a text that this client never gives again."""
+        """Return a text that this client never gives again; for this package's own use."""
         raise NotImplementedError
 
     def scatter(

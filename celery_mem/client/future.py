@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Future(TaskRef):  # a TaskRef, so that every layer of Dask sees it as a dependency
-    """The result of a task, now or later; pins it for as long as this object lives.
+    """The result of a task, now or later; pins it for as long as this object lives. Can be awaited.
 
     Made by a client's methods, not by hand. Pickled, it is its key: in a task or under another client it
     binds to the client there. Copies of one key share one state.
@@ -73,17 +73,34 @@ class Future(TaskRef):  # a TaskRef, so that every layer of Dask sees it as a de
         return client.result_of(state, self.key, timeout)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait for the task and return what it raised; None if it succeeded."""
+        """Wait for the task and return what it raised; None if it succeeded.
+
+        Args:
+            timeout: seconds; None waits without end.
+        Raises:
+            TimeoutError: the task goes on; call again to wait on.
+            FutureCancelledError: it was cancelled.
+        """
         client, state = self._bound()
         return client.error_of(state, self.key, timeout)[0]
 
     def traceback(self, timeout: float | None = None) -> TracebackType | None:
-        """Wait for the task and return the traceback of its error; None if it succeeded."""
+        """Wait for the task and return the traceback of its error; None if it succeeded.
+
+        Args:
+            timeout: seconds; None waits without end.
+        Raises:
+            TimeoutError: the task goes on; call again to wait on.
+            FutureCancelledError: it was cancelled.
+        """
         client, state = self._bound()
         return client.error_of(state, self.key, timeout)[1]
 
     def add_done_callback(self, fn: Callable[[Future], Any]) -> None:
-        """Call `fn(future)` once when it is done, in a thread of the client's own, at once if it is done."""
+        """Call `fn(future)` once when it is done, in a thread of the client's own, at once if it is done.
+
+        What `fn` raises is logged, and stops nothing.
+        """
         client, state = self._bound()
         client.call_when_done(self, state, fn)
 

@@ -32,7 +32,7 @@ class LifetimeMethods:
     _session: Session
 
     def fresh_token(self) -> str:
-        """Return a text that this client never gives again."""
+        """Return a text that this client never gives again; for this package's own use."""
         raise NotImplementedError
 
     def future_of(self, key: Key, state: KeyState) -> Future:
@@ -99,8 +99,9 @@ class LifetimeMethods:
             durable: the results in it are to outlive all workers, see `submit`.
             kwargs: further datasets by name.
         Raises:
-            DatasetError: a name is taken.
+            DatasetError: a name is taken, or there are more than 64 MiB beside what is on the workers.
             FutureCancelledError: one of the futures was cancelled.
+            ValueError: neither one object and its `name=`, nor names and objects as keywords.
         """
         if len(args) > 1 or bool(args) != (name is not None):
             raise ValueError(
@@ -115,6 +116,7 @@ class LifetimeMethods:
         """Return a published dataset; its futures belong to this client, which holds them too.
 
         Args:
+            name: as it was published.
             default: returned if there is no such dataset.
         Raises:
             DatasetError: there is none, and no default; or what it holds was cancelled by force.

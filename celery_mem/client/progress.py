@@ -11,7 +11,7 @@ from celery_mem.graph.collections import futures_of
 
 
 def progress(*futures: Any, description: str = "tasks", notebook: bool | None = None) -> None:
-    """Show a bar until all futures are done.
+    """Show a bar until all futures are done; failed ones are counted, and not raised.
 
     Args:
         futures: futures, persisted collections, or containers of them.

@@ -111,7 +111,7 @@ def _seconds(timeout: float | str | None) -> float | None:
 
 
 class as_completed:  # noqa: N801 (the name that everybody knows)
-    """Iterate over futures as they become done.
+    """Iterate over futures as they become done: finished, failed or cancelled; also with `async for`.
 
     Args:
         futures: the first ones; more may be added while iterating.
@@ -189,14 +189,20 @@ class as_completed:  # noqa: N801 (the name that everybody knows)
         return self._shaped(self._next())
 
     def next_batch(self, block: bool = True) -> list[Any]:
-        """Return all that are done now, at least one where `block` asks for it."""
+        """Return all that are done now.
+
+        Args:
+            block: wait for the first one if none is; False may return none.
+        Raises:
+            TimeoutError: the time of the whole iteration is over.
+        """
         batch = [self._shaped(self._next())] if block and self._waiting else []
         while self.has_ready():
             batch.append(self._shaped(self._next()))
         return batch
 
     def batches(self) -> Iterator[list[Any]]:
-        """Yield batches of what is done."""
+        """Yield lists of what is done, until all were yielded."""
         while self._waiting:
             yield self.next_batch()
 

@@ -130,7 +130,7 @@ class LocalCluster:
         return not self._finalizer.alive or self._processes.is_over()
 
     def pids(self) -> dict[str, int]:
-        """Return the live processes by name: redis, worker-0, ..., coordinator-0, ..."""
+        """Return the process ids of those that live, by name: redis, worker-0, ..., coordinator-0, ..."""
         return self._processes.pids()
 
     def check(self) -> None:
@@ -143,11 +143,22 @@ class LocalCluster:
             raise LocalClusterError("\n".join(troubles))
 
     def log_tail(self, name: str, lines: int = 30) -> str:
-        """Return the last lines that a process wrote; empty if `silence=False`."""
+        """Return the last lines that a process wrote; empty if `silence=False`.
+
+        Args:
+            name: as in `pids`.
+            lines: how many.
+        """
         return self._processes.log_tail(name, lines)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the cluster is over: closed, or its Redis gone; False if `timeout` came first."""
+        """Wait until the cluster is over: closed, or its Redis gone.
+
+        Args:
+            timeout: seconds; None waits without end.
+        Returns:
+            False if the time was over first.
+        """
         return self._processes.wait_for(
             lambda: self.closed or self._processes.trouble("redis") is not None, timeout
         )

@@ -82,6 +82,12 @@ class TestNbytes:
         assert client.nbytes() == by_prefix
         assert client.nbytes("never-was") == {}
 
+    def test_what_was_just_dropped_is_not_held(self, client):
+        futures = client.map(inc, range(20))
+        client.gather(futures)
+        del futures[3:]
+        assert len(client.nbytes(summary=False)) == len(client.who_has()) == 3
+
 
 class TestProcessing:
     def test_names_what_each_node_runs(self, client, gate):
