@@ -39,7 +39,7 @@ from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
 from celery_mem.worker.events import Run, TaskEvents
 from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, StoredInputs
-from celery_mem.worker.interrupts import TIMEOUT, Interrupts
+from celery_mem.worker.interrupts import CANCELLED, TIMEOUT, Interrupts
 from celery_mem.worker.lending import Lender, borrows
 from celery_mem.worker.memory import ProcessMemory, token_suffix
 
@@ -192,19 +192,23 @@ class TaskRunner:
     def _failure(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
         """Report a task that raised, whatever the class of the exception does when it is looked at."""
         try:
-            return self._described(task, error, shown)
+            may_retry, data = self._described(task, error)
         except Exception as why:
             name = type.__repr__(type(error))
             log.warning("%s raised %s, which cannot be reported: %s", task.key, name, message_of(why))
             stand_in = CeleryMemError(f"task {task.key} raised an exception that cannot be examined: {name}")
-            data = encode_error(stand_in, key=task.key)
-            return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry=True)
-
-    def _described(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
-        if shown is not None:
-            shown.raised(error)
+            may_retry, data = True, encode_error(stand_in, key=task.key)
+        is_cancelled = type(error) is TaskInterrupt and error.reason == CANCELLED
+        if shown is not None and is_cancelled:
+            shown.cancelled()
+        elif shown is not None:
+            shown.raised(data)
         elif self.events is not None:
-            self.events.failed(task, error)
+            self.events.failed(task, data)
+        return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
+
+    def _described(self, task: Taken, error: BaseException) -> tuple[bool, bytes]:
+        """Return whether it may run again, and the error as it travels."""
         if not isinstance(error, Exception):
             exit_error = TaskExitError(
                 f"task {task.key} raised {type(error).__name__}({message_of(error)}), "
@@ -214,8 +218,7 @@ class TaskRunner:
             exit_error.__traceback__ = error.__traceback__
             error = exit_error
         may_retry = not isinstance(error, SerializationError | SignatureError | UnreadableRecordError)
-        data = encode_error(error, skip_frames=_own_frames(error), key=task.key)
-        return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
+        return may_retry, encode_error(error, skip_frames=_own_frames(error), key=task.key)
 
     def _function(self, task: Taken) -> Callable[..., Any]:
         name = task.function
