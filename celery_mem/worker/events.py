@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery_mem.graph.calls import call
 from celery_mem.graph.errors import error_summary
-from celery_mem.graph.keys import key_of
-from celery_mem.worker.shown import short, shown_name
+from celery_mem.worker.shown import name_in_display, short, shown_name
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -32,12 +31,10 @@ together less than the twentieth that is promised."""
 FIRST_COST_S = 2e-4
 """What the events of one task cost, before it is known."""
 OWN_S = 5e-6
-"""What it takes to note a task, without the short forms, whose time is measured: that costs less than these."""
+"""What it takes to note a task, without the short forms, whose time is measured."""
 MOST = 10_000
 """Tasks noted in a period, also with `all`: a broker that is away must not fill the memory."""
 MOST_TRACEBACK = 8_000
-GENERAL = {"identity", "_execute_subgraph"}
-"""Functions that Dask's collections share; there the key says more."""
 
 
 class Run:
@@ -203,7 +200,7 @@ class TaskEvents:
             run.told = True
             call = {
                 "uuid": run.key,
-                "name": _shown_name(run),
+                "name": name_in_display(run.key, run.name),
                 "args": run.args,
                 "kwargs": run.kwargs,
                 "root_id": self._root_of(run),
@@ -226,11 +223,3 @@ class TaskEvents:
             self._roots.clear()  # a bound, not a policy
         self._roots[run.key] = root
         return root
-
-
-def _shown_name(run: Run) -> str:
-    if run.name and run.name not in GENERAL:
-        return run.name
-    from dask.utils import key_split
-
-    return str(key_split(key_of(run.key)))

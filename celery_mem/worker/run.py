@@ -28,7 +28,7 @@ from celery_mem.errors import (
     TaskTimeoutError,
     UnreadableRecordError,
 )
-from celery_mem.graph.calls import call_name, decode_call, decode_function, timeout_of
+from celery_mem.graph.calls import call, call_name, decode_call, decode_function, timeout_of
 from celery_mem.graph.errors import encode_error, message_of
 from celery_mem.graph.keys import key_of
 from celery_mem.graph.readers import only_read
@@ -42,6 +42,8 @@ from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, Sto
 from celery_mem.worker.interrupts import CANCELLED, TIMEOUT, Interrupts
 from celery_mem.worker.lending import Lender, borrows
 from celery_mem.worker.memory import ProcessMemory, token_suffix
+from celery_mem.worker.shown import name_in_display, shown_name
+from celery_mem.worker.standing_in import StandIn, going_on, stand_in_of_thread
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -220,6 +222,11 @@ class TaskRunner:
         may_retry = not isinstance(error, SerializationError | SignatureError | UnreadableRecordError)
         return may_retry, encode_error(error, skip_frames=_own_frames(error), key=task.key)
 
+    def name_of(self, task: Taken) -> str:
+        """Return the name of a task's function for displays: what its key says, as long as it is not here."""
+        func = self._functions.get(task.function)
+        return name_in_display(task.key, "" if func is None or func is call else shown_name(func))
+
     def _function(self, task: Taken) -> Callable[..., Any]:
         name = task.function
         if not name:
@@ -333,7 +340,7 @@ def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     # Inside a task that is itself a coroutine and waits for this one: its loop is busy, loops do not nest.
     outcome: list[Any] = []
     context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(_run_apart, coroutine, outcome))
+    thread = threading.Thread(target=context.run, args=(_run_apart, coroutine, outcome, stand_in_of_thread()))
     thread.start()
     thread.join()
     value, error = outcome
@@ -342,9 +349,10 @@ def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return value
 
 
-def _run_apart(coroutine: Coroutine[Any, Any, Any], outcome: list[Any]) -> None:
+def _run_apart(coroutine: Coroutine[Any, Any, Any], outcome: list[Any], stand_in: StandIn | None) -> None:
     try:
-        outcome += (asyncio.run(coroutine), None)
+        with going_on(stand_in):
+            outcome += (asyncio.run(coroutine), None)
     except BaseException as error:
         outcome += (None, error)
 

@@ -21,12 +21,15 @@ from types import (
 from typing import Any
 
 from celery_mem.graph.calls import tidy_name
+from celery_mem.graph.keys import key_of
 
 MOST_ITEMS = 4
 MOST_LEVELS = 2
 MOST_TEXT = 60
 MOST_BITS = 200
 MOST_NAME = 200
+GENERAL = {"identity", "_execute_subgraph"}
+"""Functions that Dask's collections share; there the key says more."""
 
 _name_in_class = type.__dict__["__name__"].__get__  # not by attribute: a metaclass may have its own
 _qualname_in_class = type.__dict__["__qualname__"].__get__
@@ -115,3 +118,17 @@ def _own_name(func: Any) -> Any:
     if type(found) is GetSetDescriptorType or type(found) is MemberDescriptorType:
         return found.__get__(func)  # of a class in C, or a slot
     return found
+
+
+def name_in_display(key: str, name: str) -> str:
+    """Return under which name a task shows.
+
+    Args:
+        key: its key text.
+        name: of its function; empty if that is not known.
+    """
+    if name and name not in GENERAL:
+        return name
+    from dask.utils import key_split
+
+    return str(key_split(key_of(key)))
