@@ -28,6 +28,7 @@ from celery_mem.errors import (
     TaskTimeoutError,
     UnreadableRecordError,
 )
+from celery_mem.graph.app_tasks import AppTask
 from celery_mem.graph.calls import call, call_name, decode_call, decode_function, timeout_of
 from celery_mem.graph.errors import encode_error, message_of
 from celery_mem.graph.keys import key_of
@@ -211,6 +212,7 @@ class TaskRunner:
 
     def _described(self, task: Taken, error: BaseException) -> tuple[bool, bytes]:
         """Return whether it may run again, and the error as it travels."""
+        may_retry = self._may_retry(task, error)
         if not isinstance(error, Exception):
             exit_error = TaskExitError(
                 f"task {task.key} raised {type(error).__name__}({message_of(error)}), "
@@ -219,8 +221,16 @@ class TaskRunner:
             exit_error.__cause__ = error
             exit_error.__traceback__ = error.__traceback__
             error = exit_error
-        may_retry = not isinstance(error, SerializationError | SignatureError | UnreadableRecordError)
         return may_retry, encode_error(error, skip_frames=_own_frames(error), key=task.key)
+
+    def _may_retry(self, task: Taken, error: BaseException) -> bool:
+        if isinstance(error, SerializationError | SignatureError | UnreadableRecordError):
+            return False
+        func: Any = self._functions.get(task.function)
+        try:
+            return not issubclass(type(func), AppTask) or func.may_retry(error)
+        except Exception:  # classes of users may say of themselves what they are
+            return True
 
     def name_of(self, task: Taken) -> str:
         """Return the name of a task's function for displays: what its key says, as long as it is not here."""

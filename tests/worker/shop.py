@@ -60,6 +60,32 @@ def fails_at_first(self: Any, name: str, times: int) -> int:
     return n
 
 
+@app.task(autoretry_for=(ConnectionError,), max_retries=1, retry_kwargs={"max_retries": 5})
+def fails_five_times(name: str) -> int:
+    return int(fails_at_first.run(name, 5))
+
+
+@app.task(autoretry_for=(OSError,), dont_autoretry_for=(TimeoutError,), max_retries=None)
+def fails_with(name: str, kinds: str) -> str:
+    """Fail with one kind of error after the other, and return how often."""
+    with Redis.from_url(url) as redis:
+        n = int(redis.incr(name))
+    if n <= len(kinds.split()):
+        raise {"os": OSError, "timeout": TimeoutError, "value": ValueError}[kinds.split()[n - 1]](n)
+    return kinds
+
+
+@app.task
+def options_of(n: int, *, key: int = 0, timeout: int = 0) -> tuple[int, int, int]:
+    """Has parameters that are named like options of `submit`."""
+    return n, key, timeout
+
+
+@app.task
+def unpacked(values: tuple[int, ...]) -> list[int]:
+    return list(values)
+
+
 @app.task
 def total(numbers: list[int]) -> int:
     return sum(numbers)
