@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 from unittest import mock
 
@@ -199,6 +200,52 @@ def test_a_plain_task_may_have_a_graph_computed(client: Client, shop: Any) -> No
         assert result.get(timeout=60) == sum(3 * n for n in range(10))
     finally:
         result.forget()
+
+
+def control_revoke(app: Any, key: str, **options: Any) -> Any:
+    return app.control.revoke([key, "unknown"], **options)
+
+
+def control_terminate(app: Any, key: str, **options: Any) -> Any:
+    return app.control.terminate(key, **options)
+
+
+def command_terminate(app: Any, key: str, **options: Any) -> Any:
+    """What `celery control terminate TERM <key>` sends."""
+    return app.control.broadcast("terminate", arguments={"signal": "TERM", "task_id": [key]}, **options)
+
+
+@pytest.mark.parametrize("command", [control_revoke, control_terminate, command_terminate])
+def test_celerys_commands_cancel_a_task_and_leave_its_result_backend_alone(
+    client: Client, deployment: Deployment, shop: Any, command: Any
+) -> None:
+    """All workers hear them, and most of them when the task is gone already."""
+    where = (deployment.url, "revoked")
+    future = client.submit(tasks.wait_for_word, where, pure=False)
+    deployment.wait_until(lambda: deployment.runs("revoked"), "the task to run")
+    replies = command(shop.app, future.key, reply=True, timeout=30, limit=2)
+    assert {node for reply in replies for node in reply} == {deployment.node("w0"), deployment.node("w1")}
+    with pytest.raises(CancelledError):
+        future.result(timeout=60)
+    assert not deployment.redis.exists(f"celery-task-meta-{future.key}")
+    if command is control_revoke:
+        assert deployment.redis.delete("celery-task-meta-unknown"), "with others Celery does what it does"
+    deployment.forget_runs()
+
+
+def test_what_is_revoked_by_stamps_concerns_no_task_of_the_graph(
+    client: Client, deployment: Deployment, shop: Any
+) -> None:
+    where = (deployment.url, "stamped")
+    future = client.submit(tasks.wait_for_word, where, "done", pure=False)
+    deployment.wait_until(lambda: deployment.runs("stamped"), "the task to run")
+    replies = shop.app.control.revoke_by_stamped_headers(
+        {"some": ["stamp"]}, terminate=True, reply=True, timeout=30, limit=2
+    )
+    assert len(replies) == 2
+    deployment.redis.rpush("go:stamped", 1)
+    assert future.result(timeout=60) == "done"
+    assert deployment.runs() == {"stamped": 1}
 
 
 def test_a_queue_says_whose_workers_may_run_a_task(client: Client, deployment: Deployment, shop: Any) -> None:
