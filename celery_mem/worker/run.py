@@ -206,7 +206,7 @@ class TaskRunner:
             shown.cancelled()
         elif shown is not None:
             shown.raised(data)
-        elif self.events is not None:
+        elif self.events is not None and not is_cancelled:
             self.events.failed(task, data)
         return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
 
