@@ -20,7 +20,7 @@ class TaskKeyFilter(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add the fields, where a filter of another thread has not; every record passes."""
+        """Add the fields to `record`, where no filter has yet; every record passes."""
         if not hasattr(record, "task_id"):
             record.task_id, record.task_name = _running() or (NOBODY, NOBODY)
         return True
