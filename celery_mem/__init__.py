@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from celery_mem.client.waiting import as_completed as as_completed
     from celery_mem.client.waiting import wait as wait
     from celery_mem.graph.collections import futures_of as futures_of
+    from celery_mem.graph.logs import TaskKeyFilter as TaskKeyFilter
     from celery_mem.local import LocalCluster as LocalCluster
     from celery_mem.worker.install import install as install
 
@@ -23,6 +24,7 @@ _HOMES = {
     "Client": "celery_mem.client.client",
     "Future": "celery_mem.client.future",
     "LocalCluster": "celery_mem.local",
+    "TaskKeyFilter": "celery_mem.graph.logs",
     "as_completed": "celery_mem.client.waiting",
     "fire_and_forget": "celery_mem.client.lifetimes",
     "futures_of": "celery_mem.graph.collections",
@@ -35,6 +37,7 @@ __all__ = [
     "Client",
     "Future",
     "LocalCluster",
+    "TaskKeyFilter",
     "__version__",
     "as_completed",
     "fire_and_forget",

@@ -38,7 +38,7 @@ from celery_mem.client.states import (
     unwatch,
     watch,
 )
-from celery_mem.client.submission import Submission
+from celery_mem.client.submission import Submission, check_timeout
 from celery_mem.config import Settings, mask_url
 from celery_mem.errors import (
     ConfigError,
@@ -49,7 +49,7 @@ from celery_mem.errors import (
 from celery_mem.graph import collections as lowering
 from celery_mem.graph import inside
 from celery_mem.graph.app_tasks import as_app_task, is_app_task
-from celery_mem.graph.calls import encode_arrangement, encode_function, name_of, token_of
+from celery_mem.graph.calls import Function, encode_arrangement, encode_function, name_of, token_of
 from celery_mem.graph.constraints import Resources, Workers, with_queue
 from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
@@ -233,16 +233,22 @@ class Client(DataMethods, LifetimeMethods):
             raises: StoreFullError, or MissingKeyError for a future in an object whose task is gone.
         """
         if is_signature(func):
-            given = {
-                "pure": pure,
-                "retries": retries,
-                "priority": priority,
-                "workers": workers,
-                "queue": queue,
-            }
-            given |= {"resources": resources, "durable": durable, "timeout": timeout, **kwargs}
-            given["allow_other_workers"] = allow_other_workers
-            return submit_signature(self, func, args, given | ({} if key is None else {"key": key}))
+            return submit_signature(
+                self,
+                func,
+                args,
+                kwargs,
+                key=key,
+                pure=pure,
+                durable=durable,
+                priority=priority,
+                retries=retries,
+                workers=workers,
+                allow_other_workers=allow_other_workers,
+                resources=resources,
+                queue=queue,
+                timeout=timeout,
+            )
         if not callable(func):
             raise TypeError(f"submit wants a function and its arguments, not {func!r}")
         if is_app_task(func):
@@ -250,11 +256,10 @@ class Client(DataMethods, LifetimeMethods):
         resources = with_queue(resources, queue)
         function = encode_function(func)
         if key is None:
-            token = token_of(function, args, kwargs, self._text_of) if pure else self.fresh_token()
-            key = f"{function.name}-{token}"
+            key = self.key_of_call(function, args, kwargs, pure=pure)
         text = text_of(key)
         placing = Placing(workers, allow_other_workers, resources)
-        _check_timeout(timeout)
+        check_timeout(timeout)
         with Submission(
             self, priority=priority, retries=retries, placing=placing, durable=durable, timeout=timeout
         ) as submission:
@@ -262,6 +267,13 @@ class Client(DataMethods, LifetimeMethods):
             if new:
                 submission.add_call(text, func, function, args, kwargs)
         return self.future_of(key, state)
+
+    def key_of_call(
+        self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, pure: bool
+    ) -> str:
+        """Return the key of a call that was given none; for this package's own use."""
+        token = token_of(function, args, kwargs, self._text_of) if pure else self.fresh_token()
+        return f"{function.name}-{token}"
 
     def map(
         self,
@@ -310,7 +322,7 @@ class Client(DataMethods, LifetimeMethods):
         if not calls:
             return []
         placing = Placing(workers, allow_other_workers, resources)
-        _check_timeout(timeout)
+        check_timeout(timeout)
         function = encode_function(func)
         kwargs = {name: self._shared(value) for name, value in kwargs.items()}
         prefix = key if isinstance(key, str) else function.name
@@ -992,11 +1004,6 @@ def _load_settings(app: Celery | None, **overrides: Any) -> Settings:
         return Settings.load(app, **overrides)
     settings: Settings = app.mem_settings()
     return settings.replace(**{name: value for name, value in overrides.items() if value is not None})
-
-
-def _check_timeout(timeout: Any) -> None:
-    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
-        raise ValueError(f"timeout: the seconds that the task may run, more than 0, not {timeout!r}")
 
 
 def _refuse(kwargs: Mapping[str, Any], method: str) -> None:

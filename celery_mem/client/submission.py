@@ -92,6 +92,11 @@ class Submission:
         self._loans: list[str] = []
         self._epoch = 0
 
+    def set_options(self, priority: float, retries: int, placing: Placing, timeout: float | None) -> None:
+        """Set options of the tasks that are added from now on."""
+        self._priority, self._retries = priority, retries
+        self._placing, self._timeout = placing, timeout
+
     def refer(self, text: str) -> tuple[KeyState, bool]:
         """Count a future of `text`; returns its state and whether this call must submit it."""
         state, new = self._session.refer(text, self._epoch)
@@ -330,3 +335,9 @@ class Submission:
         self._loans = [t.key for t in tasks if not t.hold and t.key in needed_later]
         loans = set(self._loans)
         return [t._replace(hold=True) if t.key in loans else t for t in tasks] if loans else tasks
+
+
+def check_timeout(timeout: Any) -> None:
+    """Raise ValueError unless a task can have such a time limit."""
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        raise ValueError(f"timeout: the seconds that the task may run, more than 0, not {timeout!r}")

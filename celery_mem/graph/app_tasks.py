@@ -7,12 +7,20 @@ from typing import Any
 from celery_mem.errors import UnknownAppTaskError
 from celery_mem.graph import inside
 
+NO_LIMIT = 2**31 - 1
+"""Retries of a task whose `max_retries` is None."""
+
 
 class AppTask:
-    """A function that runs the task `name` of the app whose worker this is."""
+    """A function that runs the task `name` of the app whose worker this is.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        only_autoretry: what is not in the `autoretry_for` of the task is not tried again.
+    """
+
+    def __init__(self, name: str, *, only_autoretry: bool = False) -> None:
         self.name = name
+        self.only_autoretry = only_autoretry
         self.__name__ = name.rpartition(".")[2]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -36,19 +44,31 @@ class AppTask:
             task.pop_request()
             _task_stack.pop()
 
+    def may_retry(self, error: BaseException) -> bool:
+        """Whether the task says that it may be tried again after an error."""
+        from celery.exceptions import Ignore, Retry
+
+        worker = inside.worker
+        task = None if worker is None else worker.app.tasks.get(self.name)
+        if task is None or not self.only_autoretry:
+            return True
+        refused = (Ignore, Retry, *(getattr(task, "dont_autoretry_for", None) or ()))
+        return not isinstance(error, refused) and isinstance(error, tuple(task.autoretry_for))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return AppTask, (self.name,)
+        return _rebuild, (type(self), self.name, self.only_autoretry)
 
 
 class AppTaskAfter(AppTask):
-    """The same, after something whose result it does not take, as an immutable signature of a chain."""
+    """The same, after something that it does not take, as an immutable signature of a chain."""
 
     def __call__(self, before: Any, *args: Any, **kwargs: Any) -> Any:
         """Run it without its first argument."""
         return super().__call__(*args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return AppTaskAfter, (self.name,)
+
+def _rebuild(kind: type[AppTask], name: str, only_autoretry: bool) -> AppTask:
+    return kind(name, only_autoretry=only_autoretry)
 
 
 def is_app_task(func: Any) -> bool:
@@ -57,6 +77,14 @@ def is_app_task(func: Any) -> bool:
 
 
 def as_app_task(task: Any, retries: int) -> tuple[AppTask, int]:
-    """Return what runs a task of an app, and how often it is retried: as it says, unless the caller does."""
-    own = int(task.max_retries or 0) if getattr(task, "autoretry_for", None) else 0
-    return AppTask(task.name), retries or own
+    """Return what runs a task of an app, and how often it is retried.
+
+    Args:
+        retries: after any error; 0 if the caller did not say. Then the task does, with its `autoretry_for`.
+    """
+    if retries or not getattr(task, "autoretry_for", None):
+        return AppTask(task.name), retries
+    most = (getattr(task, "retry_kwargs", None) or {}).get("max_retries")
+    if most is None:  # to Celery's `retry` it means what the task says
+        most = task.max_retries
+    return AppTask(task.name, only_autoretry=True), NO_LIMIT if most is None else max(0, int(most))

@@ -78,8 +78,12 @@ def name_of(func: Callable[..., Any]) -> str:
     """Return a short name of a function for keys and displays, free of spaces and brackets."""
     while isinstance(func, functools.partial):
         func = func.func
-    name = getattr(func, "__name__", None) or type(func).__name__
-    name = "".join(c for c in str(name) if c.isalnum() or c in "_-.")
+    return tidy_name(str(getattr(func, "__name__", None) or type(func).__name__))
+
+
+def tidy_name(name: str) -> str:
+    """Leave out of a name what would not be plain in a key."""
+    name = "".join(c for c in name if c.isalnum() or c in "_-.")
     return name if name[:1].isalpha() or name[:1] == "_" else f"f_{name}"
 
 

@@ -39,6 +39,9 @@ class Worker(Protocol):
     def task_key(self) -> str | None:
         """Return the key text of the task that this context runs; None outside of tasks."""
 
+    def running_task(self) -> tuple[str, str] | None:
+        """Return key text and function's name of the task that this context runs; None outside of tasks."""
+
     def at_exit(self, call: Callable[[], Any]) -> None:
         """Have `call` called when this process ends in good order."""
 

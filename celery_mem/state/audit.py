@@ -196,7 +196,7 @@ TYPES = {
     ),
     **dict.fromkeys(("jobs", "unrunnable", "names", "heirs", "datasets"), "hash"),
     **dict.fromkeys(("unsettled", "held", "node_slots", "node_keys", "copies", "undurable", "debris"), "set"),
-    **dict.fromkeys(("leader", "function"), "string"),
+    **dict.fromkeys(("leader", "function", "revoked"), "string"),
     "notices": "stream",
     **dict.fromkeys(("wake", "mail", "reply", "failures"), "list"),
 }

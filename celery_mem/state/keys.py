@@ -47,6 +47,7 @@ PREFIXES = {
     "node": "node:",  # hash per node: see NODE
     "node_slots": "ns:",  # set per node: its slots that run a ticket now
     "node_keys": "nk:",  # set per node: keys with a replica there
+    "revoked": "rv:",  # string per key with a time to live: a worker cancelled it, by Celery's revoke
     "mail": "mail:",  # list per node: what its agent is asked to do, see Store.mail
 }
 META = {

@@ -11,14 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
-from celery_mem.errors import TaskInterrupt
-from celery_mem.graph.calls import call, name_of
-from celery_mem.graph.errors import message_of, text_of
-from celery_mem.graph.keys import key_of
-from celery_mem.worker.interrupts import CANCELLED
+from celery_mem.graph.calls import call
+from celery_mem.graph.errors import error_summary
+from celery_mem.worker.shown import name_in_display, short, shown_name
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -33,45 +30,11 @@ SHARE = 0.015
 together less than the twentieth that is promised."""
 FIRST_COST_S = 2e-4
 """What the events of one task cost, before it is known."""
-REPRS_S = 2e-5
-"""What it costs the task itself, at its begin and end."""
+OWN_S = 5e-6
+"""What it takes to note a task, without the short forms, whose time is measured."""
 MOST = 10_000
 """Tasks noted in a period, also with `all`: a broker that is away must not fill the memory."""
 MOST_TRACEBACK = 8_000
-GENERAL = {"identity", "_execute_subgraph"}
-"""Functions that Dask's collections share; there the key says more."""
-
-
-class ShortRepr(Repr):
-    """Shows plain values, and of all others the type only: no code of users runs for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 2
-        self.maxstring = self.maxother = 60
-        self.maxtuple = self.maxlist = self.maxdict = self.maxset = self.maxfrozenset = 4
-
-    def repr_bytes(self, value: bytes, level: int) -> str:
-        """Show the beginning of bytes."""
-        return self.repr_str(value, level)  # type: ignore[arg-type]
-
-    def repr_instance(self, value: Any, level: int) -> str:
-        """Show a number, None, or the type of anything else, with the shape of an array."""
-        kind = type(value)
-        if kind in (float, bool, complex, type(None)):
-            return repr(value)
-        shape = getattr(value, "shape", None) if kind.__module__.partition(".")[0] == "numpy" else None
-        return f"<{kind.__qualname__}>" if shape is None else f"<{kind.__qualname__} {shape}>"
-
-    def of(self, value: Any) -> str:
-        """Return a short text, whatever the value does."""
-        try:
-            return self.repr(value)
-        except Exception:
-            return f"<{type(value).__qualname__}>"
-
-
-_repr = ShortRepr()
 
 
 class Run:
@@ -84,32 +47,46 @@ class Run:
         self.name = ""
         self.args = self.kwargs = ""
         self.told = False  # that it began
+        self.cost_s = OWN_S  # what this costs the thread of the task
         self.end: tuple[str, float, dict[str, Any]] | None = None  # type of event, time, fields
 
     def calls(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the call; before it, as it may change its arguments."""
-        if func is call:
-            func, *rest = args
-            args = tuple(rest)
-        self.name = name_of(func)
-        self.args, self.kwargs = _repr.of(args), _repr.of(kwargs)
+        began = time.thread_time()
+        if func is call and args:
+            func, args = args[0], args[1:]
+        self.name = shown_name(func)
+        self.args, self.kwargs = short(args), short(kwargs)
+        self.cost_s += time.thread_time() - began
 
     def returned(self, result: Any, seconds: float) -> None:
         """Note the result."""
-        self.end = "task-succeeded", time.time(), {"result": _repr.of(result), "runtime": seconds}
+        began = time.thread_time()
+        self.end = "task-succeeded", time.time(), {"result": short(result), "runtime": seconds}
+        self.cost_s += time.thread_time() - began
 
     def goes_back(self) -> None:
         """Note that the attempt came to nothing, and the task runs again, here or elsewhere."""
         self.end = "task-retried", time.time(), {"exception": "it was broken off, and runs again"}
 
-    def raised(self, error: BaseException) -> None:
-        """Note that the task failed, or was cancelled."""
-        if isinstance(error, TaskInterrupt) and error.reason == CANCELLED:
-            self.end = "task-revoked", time.time(), {"terminated": True, "signum": None, "expired": False}
-            return
-        text = text_of(error, error.__traceback__)[-MOST_TRACEBACK:]
-        short = f"{type(error).__name__}({_repr.of(message_of(error))})"
-        self.end = "task-failed", time.time(), {"exception": short, "traceback": text}
+    def cancelled(self) -> None:
+        """Note that the task was stopped while it ran, as nobody wants it any more."""
+        self.end = "task-revoked", time.time(), {"terminated": True, "signum": None, "expired": False}
+
+    def raised(self, error: bytes) -> None:
+        """Note that the task failed.
+
+        Args:
+            error: as it travels. To ask the exception itself for its text once more may run code of users.
+        """
+        began = time.thread_time()
+        name, message, text = error_summary(error)
+        fields = {
+            "exception": f"{name.rpartition('.')[2]}({short(message)})",
+            "traceback": text[-MOST_TRACEBACK:],
+        }
+        self.end = "task-failed", time.time(), fields
+        self.cost_s += time.thread_time() - began
 
 
 class TaskEvents:
@@ -143,7 +120,7 @@ class TaskEvents:
         self._room -= 1  # two threads may take the same place: one event more
         return self._note(Run(task, time.time()))
 
-    def failed(self, task: Taken, error: BaseException) -> None:
+    def failed(self, task: Taken, error: bytes) -> None:
         """Note a task that failed and that was not to be shown: what went wrong goes first."""
         if self._failures > 0:
             self._failures -= 1
@@ -188,8 +165,9 @@ class TaskEvents:
             runs, self._runs = self._runs, []
         began = time.thread_time()
         events: list[tuple[str, dict[str, Any]]] = []
-        n_told = 0
+        n_told, own_s = 0, 0.0
         for run in runs:
+            own_s, run.cost_s = own_s + run.cost_s, 0.0
             news, is_over = self._news_of(run)
             events += news
             n_told += bool(news)
@@ -211,7 +189,7 @@ class TaskEvents:
             for kind, fields in events:
                 dispatcher.send(kind, **fields)
             dispatcher.flush()
-        cost_s = REPRS_S + (time.thread_time() - began) / n_told
+        cost_s = (own_s + time.thread_time() - began) / n_told
         self._cost_s = max(cost_s, (self._cost_s + cost_s) / 2)
 
     def _news_of(self, run: Run) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
@@ -222,7 +200,7 @@ class TaskEvents:
             run.told = True
             call = {
                 "uuid": run.key,
-                "name": _shown_name(run),
+                "name": name_in_display(run.key, run.name),
                 "args": run.args,
                 "kwargs": run.kwargs,
                 "root_id": self._root_of(run),
@@ -245,11 +223,3 @@ class TaskEvents:
             self._roots.clear()  # a bound, not a policy
         self._roots[run.key] = root
         return root
-
-
-def _shown_name(run: Run) -> str:
-    if run.name and run.name not in GENERAL:
-        return run.name
-    from dask.utils import key_split
-
-    return str(key_split(key_of(run.key)))

@@ -1,11 +1,13 @@
-"""Celery's `revoke`, as Flower's buttons and `app.control` send it, for tasks of the graph too.
+"""Celery's `revoke` and `terminate`, as Flower's buttons and `app.control` send them, in the graph too.
 
-It names a task by the id under which its events came, and of a task of the graph that is the key. Every
-worker hears it; the first one to ask Redis cancels the task, and the others find nothing left to do.
+They name a task by the id under which its events came, and of a task of the graph that is the key. Every
+worker hears them; the first one to ask Redis cancels the task. The others find that it was, and do no more:
+Celery would write into the app's result backend that a task of this id is revoked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from typing import Any
 
 from celery.utils.functional import maybe_list
 from celery.worker.control import Panel, ok
+from redis.exceptions import ResponseError
 
 from celery_mem.errors import CeleryMemError
 from celery_mem.graph.tickets import send_tickets
@@ -23,39 +26,56 @@ log = logging.getLogger("celery_mem.worker")
 
 ASK_S = 2.0
 """How long Redis is tried. Meanwhile the worker's main process does nothing else."""
+MARK_S = 60
+"""How long it is known of a task that it was revoked: all workers hear it at about the same time."""
 REASON = "revoked"
 
 
 def hear_revoke() -> None:
-    """Have the `revoke` of this process cancel tasks of the graph, and do what it does with all others."""
-    known = Panel.data["revoke"]
-    if not hasattr(known, "__wrapped__"):
-        Panel.data["revoke"] = _for_graph(known)
+    """Have these commands of this process cancel tasks of the graph, and do what they do with all others.
+
+    Both, as `terminate` of Celery's does not ask for the `revoke` that is registered. What goes by stamps
+    (`revoke_by_stamped_headers`) concerns no task of the graph, nor a ticket: these bear none.
+    """
+    for name in ("revoke", "terminate"):
+        known = Panel.data[name]
+        if not hasattr(known, "__wrapped__"):
+            Panel.data[name] = _for_graph(known)
 
 
-def _for_graph(revoke: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(revoke)
-    def revoke_any(state: Any, task_id: Any, *args: Any, **kwargs: Any) -> Any:
+def _for_graph(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def for_any(state: Any, task_id: Any, **kwargs: Any) -> Any:  # the panel gives arguments by name
         ids = [str(one) for one in maybe_list(task_id) or []]
         cancelled = cancel(state.app, ids) if hasattr(state.app, "mem_settings") else []
         others = [one for one in ids if one not in cancelled]
         if cancelled and not others:
             return ok(f"tasks {cancelled} of the graph cancelled")
-        return revoke(state, others, *args, **kwargs)
+        return command(state, task_id=others, **kwargs)
 
-    return revoke_any
+    return for_any
 
 
 def cancel(app: Any, ids: list[str]) -> list[str]:
-    """Cancel those of the tasks that are in the graph, whoever holds them; returns their keys."""
+    """Cancel those of the tasks that are in the graph, whoever holds them.
+
+    Returns:
+        their keys, and those that another worker has just cancelled.
+    """
     try:
         store = Store.connect(app.mem_settings().replace(retry_timeout=ASK_S))
         try:
+            # In this order: a mark is there before its record goes.
             found = store.link.batch([("HEXISTS", store.keys.of("task", one), TASK["core"]) for one in ids])
+            marked = store.link.batch([("EXISTS", store.keys.of("revoked", one)) for one in ids])
             keys = [one for one, is_there in zip(ids, found, strict=True) if is_there]
             if keys:
+                with contextlib.suppress(ResponseError):  # a full Redis, which cancelling may relieve
+                    store.link.batch(
+                        [("SET", store.keys.of("revoked", key), "", "EX", MARK_S) for key in keys]
+                    )
                 send_tickets(app, store.cancel("", keys, force=True, reason=REASON)[1])
-            return keys
+            return [*keys, *(one for one, n in zip(ids, marked, strict=True) if n and one not in keys)]
         finally:
             store.link.close()
     except CeleryMemError as error:

@@ -28,7 +28,8 @@ from celery_mem.errors import (
     TaskTimeoutError,
     UnreadableRecordError,
 )
-from celery_mem.graph.calls import call_name, decode_call, decode_function, timeout_of
+from celery_mem.graph.app_tasks import AppTask
+from celery_mem.graph.calls import call, call_name, decode_call, decode_function, timeout_of
 from celery_mem.graph.errors import encode_error, message_of
 from celery_mem.graph.keys import key_of
 from celery_mem.graph.readers import only_read
@@ -39,9 +40,11 @@ from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
 from celery_mem.worker.events import Run, TaskEvents
 from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, StoredInputs
-from celery_mem.worker.interrupts import TIMEOUT, Interrupts
+from celery_mem.worker.interrupts import CANCELLED, TIMEOUT, Interrupts
 from celery_mem.worker.lending import Lender, borrows
 from celery_mem.worker.memory import ProcessMemory, token_suffix
+from celery_mem.worker.shown import name_in_display, shown_name
+from celery_mem.worker.standing_in import StandIn, going_on, stand_in_of_thread
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -192,19 +195,24 @@ class TaskRunner:
     def _failure(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
         """Report a task that raised, whatever the class of the exception does when it is looked at."""
         try:
-            return self._described(task, error, shown)
+            may_retry, data = self._described(task, error)
         except Exception as why:
             name = type.__repr__(type(error))
             log.warning("%s raised %s, which cannot be reported: %s", task.key, name, message_of(why))
             stand_in = CeleryMemError(f"task {task.key} raised an exception that cannot be examined: {name}")
-            data = encode_error(stand_in, key=task.key)
-            return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry=True)
+            may_retry, data = True, encode_error(stand_in, key=task.key)
+        is_cancelled = type(error) is TaskInterrupt and error.reason == CANCELLED
+        if shown is not None and is_cancelled:
+            shown.cancelled()
+        elif shown is not None:
+            shown.raised(data)
+        elif self.events is not None and not is_cancelled:
+            self.events.failed(task, data)
+        return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
 
-    def _described(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
-        if shown is not None:
-            shown.raised(error)
-        elif self.events is not None:
-            self.events.failed(task, error)
+    def _described(self, task: Taken, error: BaseException) -> tuple[bool, bytes]:
+        """Return whether it may run again, and the error as it travels."""
+        may_retry = self._may_retry(task, error)
         if not isinstance(error, Exception):
             exit_error = TaskExitError(
                 f"task {task.key} raised {type(error).__name__}({message_of(error)}), "
@@ -213,9 +221,21 @@ class TaskRunner:
             exit_error.__cause__ = error
             exit_error.__traceback__ = error.__traceback__
             error = exit_error
-        may_retry = not isinstance(error, SerializationError | SignatureError | UnreadableRecordError)
-        data = encode_error(error, skip_frames=_own_frames(error), key=task.key)
-        return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
+        return may_retry, encode_error(error, skip_frames=_own_frames(error), key=task.key)
+
+    def _may_retry(self, task: Taken, error: BaseException) -> bool:
+        if isinstance(error, SerializationError | SignatureError | UnreadableRecordError):
+            return False
+        func: Any = self._functions.get(task.function)
+        try:
+            return not issubclass(type(func), AppTask) or func.may_retry(error)
+        except Exception:  # classes of users may say of themselves what they are
+            return True
+
+    def name_of(self, task: Taken) -> str:
+        """Return the name of a task's function for displays: what its key says, as long as it is not here."""
+        func = self._functions.get(task.function)
+        return name_in_display(task.key, "" if func is None or func is call else shown_name(func))
 
     def _function(self, task: Taken) -> Callable[..., Any]:
         name = task.function
@@ -330,7 +350,7 @@ def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     # Inside a task that is itself a coroutine and waits for this one: its loop is busy, loops do not nest.
     outcome: list[Any] = []
     context = contextvars.copy_context()
-    thread = threading.Thread(target=context.run, args=(_run_apart, coroutine, outcome))
+    thread = threading.Thread(target=context.run, args=(_run_apart, coroutine, outcome, stand_in_of_thread()))
     thread.start()
     thread.join()
     value, error = outcome
@@ -339,9 +359,10 @@ def _run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return value
 
 
-def _run_apart(coroutine: Coroutine[Any, Any, Any], outcome: list[Any]) -> None:
+def _run_apart(coroutine: Coroutine[Any, Any, Any], outcome: list[Any], stand_in: StandIn | None) -> None:
     try:
-        outcome += (asyncio.run(coroutine), None)
+        with going_on(stand_in):
+            outcome += (asyncio.run(coroutine), None)
     except BaseException as error:
         outcome += (None, error)
 

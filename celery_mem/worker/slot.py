@@ -29,6 +29,7 @@ from celery_mem.worker.events import TaskEvents
 from celery_mem.worker.interrupts import Interrupts
 from celery_mem.worker.memory import ProcessMemory
 from celery_mem.worker.run import TaskRunner
+from celery_mem.worker.standing_in import standing_in
 from celery_mem.worker.turns import Driver, Turns
 
 log = logging.getLogger("celery_mem.worker")
@@ -111,7 +112,8 @@ class Slot:
             if self.interrupts is not None and self.interrupts.is_outdated:
                 self._step("iq", 0, ticket)  # another process takes the place of this one, and the work
                 return 0
-            return self._run_slice(driver, ticket)
+            with standing_in(driver):
+                return self._run_slice(driver, ticket)
         except (WorkerShutdown, WorkerTerminate):
             self.batch.give_up_all()  # this process is about to end: what it has must go back now
             self._step("iq", 0)
@@ -343,12 +345,13 @@ class Slot:
         pause = NOTICE_S
         try:
             self._turns.take(driver)
-            while not driver.stop.is_set():
-                try:
-                    pause = self._help_once(driver, pause)
-                except BaseException as error:
-                    log.warning("slot %s cannot help a task that waits: %s", self.name, error)
-                    self._sleep(driver, RETRY_PAUSE_S)
+            with standing_in(driver):
+                while not driver.stop.is_set():
+                    try:
+                        pause = self._help_once(driver, pause)
+                    except BaseException as error:
+                        log.warning("slot %s cannot help a task that waits: %s", self.name, error)
+                        self._sleep(driver, RETRY_PAUSE_S)
         finally:
             self._turns.give(driver)
             self._helpers.discard(driver)

@@ -200,6 +200,12 @@ class Host:
         driver = _driver()
         return None if driver is None or driver.task is None else driver.task.key
 
+    def running_task(self) -> tuple[str, str] | None:
+        driver = _driver()
+        if driver is None or (task := driver.task) is None:
+            return None
+        return task.key, driver.slot.runner.name_of(task)
+
     def at_exit(self, call: Callable[[], Any]) -> None:
         def end(**_: Any) -> None:
             call()

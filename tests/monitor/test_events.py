@@ -85,7 +85,7 @@ def test_a_task_shows_with_name_call_result_runtime_and_where_it_ran(site: str, 
     row = task(site, first.key)
     assert row["name"] == "add"
     assert row["args"] == "(1,)"
-    assert row["kwargs"] == "{'of': <Secretive>, 'y': 2}"
+    assert row["kwargs"] == "{'y': 2, 'of': <Secretive>}"
     assert row["result"] == "3"
     assert row["runtime"] >= 0
     assert row["received"] <= row["started"] <= row["succeeded"]

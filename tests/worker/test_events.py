@@ -9,6 +9,7 @@ import pytest
 from celery import Celery
 from celery.events.dispatcher import EventDispatcher
 
+from celery_mem.graph.errors import encode_error
 from celery_mem.state.store import Input, Taken
 from celery_mem.worker.events import PERIOD_S, SHARE, TaskEvents
 
@@ -59,7 +60,7 @@ def test_a_sample_is_as_large_as_its_share_of_the_time(app: Celery, messages: li
     shown = [events.begin(task(f"int-{n}")) for n in range(10)]
     assert [run is not None for run in shown] == [True] * 3 + [False] * 7
     for n in range(10):
-        events.failed(task(f"bad-{n}"), ValueError("no"))
+        events.failed(task(f"bad-{n}"), encode_error(ValueError("no")))
     for run in shown[:3]:
         assert run is not None
         run.goes_back()
