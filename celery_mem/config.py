@@ -62,6 +62,15 @@ class Settings:
         "bytes",
         or_zero=True,
     )
+    payload_limit: int = _setting(
+        256 << 20, "larger arguments of one task are refused; 0 refuses none", "bytes", or_zero=True
+    )
+    payload_warning: int = _setting(
+        10_000_000,
+        "a call whose arguments are larger than this together is warned about; 0 means never",
+        "bytes",
+        or_zero=True,
+    )
     retry_timeout: float = _setting(60.0, "how long a broken Redis connection is tried again", "seconds")
     reply_timeout: float = _setting(60.0, "silence after which a Redis connection counts as dead", "seconds")
     connect_timeout: float = _setting(5.0, "how long one attempt to connect may take", "seconds")

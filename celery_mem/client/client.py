@@ -222,6 +222,7 @@ class Client(DataMethods, LifetimeMethods):
                 fails, and the task runs on. A function's own argument of this name goes by functools.partial.
         Raises:
             SerializationError: the function or an argument cannot be pickled.
+            PayloadTooLargeError: the pickled arguments are above `mem_payload_limit`; `scatter` large data.
             FutureCancelledError: an argument was cancelled.
         Note:
             Small calls are sent some milliseconds later, together. What Redis has against one its future

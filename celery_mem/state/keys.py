@@ -142,7 +142,7 @@ COUNTS = {
     "rerun": "rerun",  # tasks that were running in a slot that died, and are ready again
     "stolen": "stolen",  # tasks taken from the queue of another node
 }
-"""What happened in the namespace since its birth or last restart, for those who watch it; no rule rests on it.
+"""What happened in the namespace since its birth or last restart, for those who watch; no rule rests on it.
 
 Beside these it has the times of steps and tickets, see counts.py.
 """
