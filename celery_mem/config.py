@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket", SCHEME)
 SECRET = {"secret_key"}
 EVENTS = ("off", "sampled", "all")
+TRACING = ("auto", "off")
 PUBLISH = ("on_demand", "pinned", "always")
 _WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -78,6 +79,11 @@ class Settings:
         "sampled",
         "which tasks Flower sees: none; as many as cost less than a twentieth of throughput; or all",
         choices=EVENTS,
+    )
+    tracing: str = _setting(
+        "auto",
+        "auto: a task submitted inside a span of OpenTelemetry has a span on its worker; off: none has",
+        choices=TRACING,
     )
     allowed_failures: int = _setting(3, "deaths of its slot a task survives", "deaths")
     stop_grace: float = _setting(

@@ -54,6 +54,7 @@ from celery_mem.graph.constraints import Resources, Workers, with_queue
 from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
+from celery_mem.graph.tracing import traced
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import Frames
@@ -339,6 +340,7 @@ class Client(DataMethods, LifetimeMethods):
             return value
         return self.scatter(value, as_one=True)
 
+    @traced
     def compute(
         self,
         collections: Any,
@@ -405,6 +407,7 @@ class Client(DataMethods, LifetimeMethods):
             submission.add(key, encode_function(lowering.identity), payload)
         return self.future_of(key, state)
 
+    @traced
     def persist(
         self,
         collections: Any,
@@ -447,6 +450,7 @@ class Client(DataMethods, LifetimeMethods):
         ]
         return out[0] if single else out
 
+    @traced
     def get(
         self,
         dsk: Any,
@@ -525,6 +529,7 @@ class Client(DataMethods, LifetimeMethods):
 
     # --- results ---
 
+    @traced
     def gather(self, futures: Any, *, errors: str = "raise", timeout: float | None = None) -> Any:
         """Wait for futures and return their results in the same nesting.
 

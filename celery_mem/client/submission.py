@@ -27,6 +27,7 @@ from celery_mem.graph.calls import (
 )
 from celery_mem.graph.keys import Key, text_of
 from celery_mem.graph.nodes import is_node
+from celery_mem.graph.tracing import current_context, with_context
 from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import unpickled
 from celery_mem.state.store import NewTask
@@ -87,6 +88,7 @@ class Submission:
         self._encoded: dict[
             int, tuple[Function, Any]
         ] = {}  # by id; with the object, so that it stays that id
+        self._trace = current_context(client.settings.tracing)
         self._weight = Weight(client.settings)
         self._payloads: dict[str, bytes] = {}  # those that are blobs, by token
         self._blobs: list[str] = []
@@ -125,6 +127,8 @@ class Submission:
             PayloadTooLargeError: its arguments are.
         """
         data, blob = with_timeout(payload.data, self._timeout), ""
+        if self._trace:
+            data = with_context(data, self._trace)
         seal = self._session.seal
         if seal.is_on:
             function = self._session.signed(function)

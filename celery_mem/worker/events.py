@@ -222,7 +222,7 @@ class TaskEvents:
             run.told = True
             call = {
                 "uuid": run.key,
-                "name": _shown_name(run),
+                "name": shown_name(run.key, run.name),
                 "args": run.args,
                 "kwargs": run.kwargs,
                 "root_id": self._root_of(run),
@@ -247,9 +247,14 @@ class TaskEvents:
         return root
 
 
-def _shown_name(run: Run) -> str:
-    if run.name and run.name not in GENERAL:
-        return run.name
+def shown_name(key: str, name: str) -> str:
+    """Return the name under which others see a task.
+
+    Args:
+        name: of its function; empty if that is not known.
+    """
+    if name and name not in GENERAL:
+        return name
     from dask.utils import key_split
 
-    return str(key_split(key_of(run.key)))
+    return str(key_split(key_of(key)))
