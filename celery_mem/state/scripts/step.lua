@@ -34,7 +34,7 @@ local leaving = string.find(mode, 'q', 1, true)
 relief()
 local is_repeat, ticket_age = string.find(mode, 'r', 1, true), ''
 if ticket ~= '' then
-  if not is_repeat then ticket_age = age_of_ticket(ticket, ticket_lease) end
+  ticket_age = age_of_ticket(ticket, ticket_lease) or (is_repeat and '' or -1)
   take_up_ticket(ticket)
 end
 if not is_repeat then

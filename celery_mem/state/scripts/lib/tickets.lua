@@ -72,10 +72,10 @@ local function reserve_node_tickets(node, work, lease_ms, out)
   return n
 end
 
--- How long ago a ticket that nobody took up yet was reserved, in ms; -1 if it is so late that it was given up.
+-- How long ago a ticket was reserved, in ms; nil if it was taken up already, or given up.
 local function age_of_ticket(id, lease_ms)
   local deadline = redis.call('ZSCORE', P .. K.tickets, id)
-  return deadline and math.max(0, now() + lease_ms - deadline) or -1
+  return deadline and math.max(0, now() + lease_ms - deadline)
 end
 
 local function take_up_ticket(id)
