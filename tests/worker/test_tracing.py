@@ -14,7 +14,8 @@ import dask
 import pytest
 
 from celery_mem import Client, get_client
-from celery_mem.graph.tracing import context_of
+from celery_mem.errors import TaskInterrupt
+from celery_mem.graph.tracing import context_of, current_context
 from celery_mem.state.keys import TASK
 from celery_mem.state.store import Taken
 from celery_mem.testing import InProcessCluster
@@ -190,6 +191,36 @@ def test_a_worker_without_opentelemetry_runs_the_task(space: Space, spans, monke
         space.slot().run_ticket("t")
     assert future.result(timeout=10) == 2
     assert [span.name for span in spans()] == ["request"]
+
+
+class StubbornError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "status"),
+    [
+        (None, "again", StatusCode.UNSET),
+        (TaskInterrupt("cancelled"), "cancelled", StatusCode.ERROR),
+        (TaskInterrupt("timeout"), "failed", StatusCode.ERROR),
+        (StubbornError(), "failed", StatusCode.ERROR),
+    ],
+)
+def test_a_span_tells_what_came_of_an_attempt_that_gave_no_result(
+    spans, error: BaseException | None, outcome: str, status: StatusCode
+) -> None:
+    with tracer().start_as_current_span("request"):
+        context = current_context("auto")
+    span = begin_span("auto", context, Taken("k", "1", "f", b"", "", []), node="n", namespace="mem")
+    assert span is not None
+    if error is not None:
+        span.raised(error)
+    span.end(is_done=False)
+
+    found = spans()[-1]
+    assert found.attributes["celery_mem.outcome"] == outcome
+    assert found.status.status_code == status
 
 
 @pytest.mark.parametrize("context", [b"junk", b"[]", b'{"traceparent":7}'])
