@@ -29,7 +29,7 @@ from benchmarks.traffic import Traffic, run_client
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is the cluster's own, and stays while it runs; every other key belongs to a task, result or client.
-OWN_NAMES = ("meta", "nodes", "slots", "idle", "tickets", "leader")
+OWN_NAMES = ("meta", "counts", "nodes", "slots", "idle", "tickets", "leader")
 OWN_KINDS = ("slot", "wake", "node", "node_slots")
 LONGEST_LEASE_S = (
     130  # a result that was stored and then not wanted goes after 120 s, a dead client after 60 s

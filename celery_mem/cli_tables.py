@@ -34,6 +34,7 @@ def status_tables(status: Mapping[str, Any]) -> RenderableType:
             "results": Text(_size(status["nbytes"])),
             "tasks": Text(_counts(status["tasks"]) or "none"),
             "queues": Text(_counts(status["queues"])),
+            "so far": Text(_counts(_so_far(status["counts"])) or "nothing freed, nothing run again"),
             "datasets": Text(_names(status["datasets"]) or "none"),
             "copies": Text(
                 f"more than one wanted of {status['copies']:,} results"
@@ -54,6 +55,15 @@ def status_tables(status: Mapping[str, Any]) -> RenderableType:
     for name, client in sorted(status["clients"].items()):
         clients.add_row(Text(name), Text(f"{client['keys']:,}"), _lease(client["lease"]))
     return Lines(head, "", nodes, "", memory, *_jobs(status), *_unrunnable(status), "", clients)
+
+
+def _so_far(counts: Mapping[str, int]) -> dict[str, int]:
+    found = {
+        "freed": counts["freed"],
+        "run again": counts["remade"] + counts["rerun"],
+        "stolen": counts["stolen"],
+    }
+    return {name: n for name, n in found.items() if n}
 
 
 def _names(names: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket", SCHEME)
 SECRET = {"secret_key"}
 EVENTS = ("off", "sampled", "all")
+TRACING = ("auto", "off")
 PUBLISH = ("on_demand", "pinned", "always")
 _WORDS = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -62,6 +63,15 @@ class Settings:
         "bytes",
         or_zero=True,
     )
+    payload_limit: int = _setting(
+        256 << 20, "larger arguments of one task are refused; 0 refuses none", "bytes", or_zero=True
+    )
+    payload_warning: int = _setting(
+        10_000_000,
+        "a call whose arguments are larger than this together is warned about; 0 means never",
+        "bytes",
+        or_zero=True,
+    )
     retry_timeout: float = _setting(60.0, "how long a broken Redis connection is tried again", "seconds")
     reply_timeout: float = _setting(60.0, "silence after which a Redis connection counts as dead", "seconds")
     connect_timeout: float = _setting(5.0, "how long one attempt to connect may take", "seconds")
@@ -69,6 +79,11 @@ class Settings:
         "sampled",
         "which tasks Flower sees: none; as many as cost less than a twentieth of throughput; or all",
         choices=EVENTS,
+    )
+    tracing: str = _setting(
+        "auto",
+        "auto: a task submitted inside a span of OpenTelemetry has a span on its worker; off: none has",
+        choices=TRACING,
     )
     allowed_failures: int = _setting(3, "deaths of its slot a task survives", "deaths")
     stop_grace: float = _setting(

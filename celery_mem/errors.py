@@ -44,6 +44,29 @@ class SerializationError(CeleryMemError, TypeError):
     """A function, argument or result cannot be pickled; the text names it and its type."""
 
 
+class PayloadTooLargeError(CeleryMemError, ValueError):
+    """The arguments of a task are larger than this deployment takes; nothing was submitted.
+
+    Args:
+        key: key text of the task.
+        nbytes: size of its pickled arguments.
+        limit: the most, `mem_payload_limit`.
+    """
+
+    def __init__(self, key: str, nbytes: int, limit: int) -> None:
+        super().__init__(key, nbytes, limit)
+        self.key = key
+        self.nbytes = nbytes
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"the arguments of task {self.key} take {self.nbytes:,} bytes pickled, and mem_payload_limit is "
+            f"{self.limit:,}. Scatter large data and pass the future, "
+            "client.submit(f, client.scatter(data)), or let the task load it; or raise the limit"
+        )
+
+
 class DeserializationError(CeleryMemError):
     """Bytes cannot be unpickled here, mostly because a module or a version differs; the text says which."""
 

@@ -279,7 +279,9 @@ def nothing_is_left(cluster: LocalCluster, before: dict) -> None:
 
 def keys_of_work(store: Store) -> list[str]:
     """All Redis keys of the namespace but those that a cluster has with nothing to do."""
-    names = [store.keys.fixed(name) for name in ("meta", "nodes", "slots", "idle", "tickets", "leader")]
+    names = [
+        store.keys.fixed(name) for name in ("meta", "counts", "nodes", "slots", "idle", "tickets", "leader")
+    ]
     prefixes = tuple(
         store.keys.of(kind, "") for kind in ("node", "node_slots", "node_tickets", "slot", "wake")
     )

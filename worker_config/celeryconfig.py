@@ -34,6 +34,10 @@ mem_queue = ""
 
 # A result up to this many bytes lives in its task's record; a larger one becomes a blob beside it.
 mem_inline_limit = 65_536
+# Arguments of one task above so many bytes are refused, and a call with more than so many in all is warned
+# about: they go through Redis, and large data is better scattered. 0 switches either off.
+mem_payload_limit = 256 << 20
+mem_payload_warning = 10_000_000
 # Bytes of results that a slot keeps at hand, so that a task that follows reads nothing. Every slot of a
 # worker has a cache of its own.
 mem_cache_bytes = 256 << 20
@@ -48,6 +52,9 @@ mem_linger = 0.2
 # and recover sooner; values below a few seconds mistake a stall for a death.
 mem_client_lease = 60.0
 mem_node_lease = 10.0
+
+# Tasks that are submitted inside a span of OpenTelemetry have spans on the workers; "off": none have.
+mem_tracing = "auto"
 
 # --- Celery: what goes well with it -----------------------------------------------------------------------
 

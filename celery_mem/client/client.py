@@ -54,6 +54,7 @@ from celery_mem.graph.constraints import Resources, Workers, with_queue
 from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
 from celery_mem.graph.tickets import make_app, send_tickets
+from celery_mem.graph.tracing import traced
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import Frames
@@ -225,6 +226,7 @@ class Client(DataMethods, LifetimeMethods):
         Raises:
             TypeError: `func` is not callable.
             SerializationError: the function or an argument cannot be pickled.
+            PayloadTooLargeError: the pickled arguments are above `mem_payload_limit`; `scatter` large data.
             FutureCancelledError: an argument was cancelled.
             ForeignFutureError: an argument is a future of another client.
             UnknownAppTaskError: raised by the future: the worker's app has no task of this name.
@@ -361,6 +363,7 @@ class Client(DataMethods, LifetimeMethods):
             return value
         return self.scatter(value, as_one=True)
 
+    @traced
     def compute(
         self,
         collections: Any,
@@ -432,6 +435,7 @@ class Client(DataMethods, LifetimeMethods):
             submission.add(key, encode_function(lowering.identity), payload)
         return self.future_of(key, state)
 
+    @traced
     def persist(
         self,
         collections: Any,
@@ -477,6 +481,7 @@ class Client(DataMethods, LifetimeMethods):
         ]
         return out[0] if single else out
 
+    @traced
     def get(
         self,
         dsk: Any,
@@ -560,6 +565,7 @@ class Client(DataMethods, LifetimeMethods):
 
     # --- results ---
 
+    @traced
     def gather(self, futures: Any, *, errors: str = "raise", timeout: float | None = None) -> Any:
         """Wait for futures and return their results in the same nesting.
 

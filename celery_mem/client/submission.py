@@ -11,6 +11,7 @@ from celery_mem.client.outbox import SMALL_CALL, SMALL_CODE, as_missing_key
 from celery_mem.client.parcels import CHUNK_BYTES, CHUNK_TASKS, LAST_ORDER, Parcel, cuts
 from celery_mem.client.placing import Placing
 from celery_mem.client.states import KeyState
+from celery_mem.client.weight import LIGHT, Weight
 from celery_mem.errors import MissingKeyError, UnknownDependencyError, UnknownFunctionError
 from celery_mem.graph import collections as lowering
 from celery_mem.graph import inside
@@ -26,6 +27,7 @@ from celery_mem.graph.calls import (
 )
 from celery_mem.graph.keys import Key, text_of
 from celery_mem.graph.nodes import is_node
+from celery_mem.graph.tracing import current_context, with_context
 from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import unpickled
 from celery_mem.state.store import NewTask
@@ -86,6 +88,8 @@ class Submission:
         self._encoded: dict[
             int, tuple[Function, Any]
         ] = {}  # by id; with the object, so that it stays that id
+        self._trace = current_context(client.settings.tracing)
+        self._weight = Weight(client.settings)
         self._payloads: dict[str, bytes] = {}  # those that are blobs, by token
         self._blobs: list[str] = []
         self._blobs_due = 0.0
@@ -122,13 +126,21 @@ class Submission:
     def add(
         self, text: str, function: Function, payload: Payload, *, hold: bool = True, key: Key | None = None
     ) -> None:
-        """Add a task."""
+        """Add a task.
+
+        Raises:
+            PayloadTooLargeError: its arguments are.
+        """
         data, blob = with_timeout(payload.data, self._timeout), ""
+        if self._trace:
+            data = with_context(data, self._trace)
         seal = self._session.seal
         if seal.is_on:
             function = self._session.signed(function)
             data = seal.close(Kind.PAYLOAD, call_name(text, function.hash, payload.deps), data)
         self._functions[function.hash] = function
+        if len(data) > LIGHT:
+            self._weight.add(text, len(data))
         if len(data) > LARGE_PAYLOAD:
             blob = self._write_blob(text, data)
             self._payloads[blob] = data

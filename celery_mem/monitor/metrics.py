@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from redis.exceptions import RedisError
 
 from celery_mem.errors import CeleryMemError
 from celery_mem.monitor.reading import AT_WORK, Reading
+from celery_mem.state.counts import LATE, STEP, TICKET, histogram
 from celery_mem.state.store import Store
 
 
@@ -19,11 +20,11 @@ class MemoryCollector:
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
 
-    def describe(self) -> list[GaugeMetricFamily]:
+    def describe(self) -> list[Metric]:
         """Name nothing, so that registering reads nothing."""
         return []
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Yield all that a reading tells."""
         try:
             picture = self._reading.picture()
@@ -58,6 +59,36 @@ class MemoryCollector:
             for state in AT_WORK:
                 queues.add_metric([row["queue"], state], row[state])
         yield from (tasks, memory, slots, busy, results, freed, queues)
+        yield from _happened(picture["counts"])
+
+
+def _happened(counts: Mapping[str, int]) -> Iterator[Metric]:
+    """Yield what was counted since the namespace began; a restart of it begins anew, as Prometheus allows."""
+    yield CounterMetricFamily(
+        "celery_mem_freed", "Results dropped because nobody wanted them any more.", value=counts["freed"]
+    )
+    recoveries = CounterMetricFamily(
+        "celery_mem_recoveries",
+        "Tasks that run again: their result is gone and wanted (lineage), or their slot died (slot).",
+        labels=["cause"],
+    )
+    recoveries.add_metric(["lineage"], counts["remade"])
+    recoveries.add_metric(["slot"], counts["rerun"])
+    yield recoveries
+    yield CounterMetricFamily(
+        "celery_mem_steals", "Tasks taken from the queue of another node.", value=counts["stolen"]
+    )
+    yield CounterMetricFamily(
+        "celery_mem_late_tickets",
+        "Tickets that began after they had been given up.",
+        value=counts.get(LATE, 0),
+    )
+    for kind, name, what in (
+        (TICKET, "celery_mem_ticket_seconds", "Time from the sending of a ticket to its begin in a slot."),
+        (STEP, "celery_mem_step_seconds", "Round trip in which a slot reports tasks and takes more."),
+    ):
+        found = histogram(counts, kind)
+        yield HistogramMetricFamily(name, what, buckets=found.buckets, sum_value=found.total_s)
 
 
 class DutyCollector:
@@ -66,7 +97,7 @@ class DutyCollector:
     def __init__(self, totals: Mapping[str, int]) -> None:
         self._totals = totals
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Yield one counter, by duty."""
         duties = CounterMetricFamily(
             "celery_mem_duty",

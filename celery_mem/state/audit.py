@@ -192,7 +192,7 @@ TYPES = {
     **dict.fromkeys(("ready", "clients", "nodes", "slots", "idle", "tickets"), "zset"),
     **dict.fromkeys(("home_queue", "picky", "node_tickets"), "zset"),
     **dict.fromkeys(
-        ("meta", "functions", "task", "dependents", "blob", "slot", "node", "constraints"), "hash"
+        ("meta", "functions", "task", "dependents", "blob", "slot", "node", "constraints", "counts"), "hash"
     ),
     **dict.fromkeys(("jobs", "unrunnable", "names", "heirs", "datasets"), "hash"),
     **dict.fromkeys(("unsettled", "held", "node_slots", "node_keys", "copies", "undurable", "debris"), "set"),

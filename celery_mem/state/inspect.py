@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import ResponseError
 
-from celery_mem.state.keys import META, NODE, REPLICAS, TASK
+from celery_mem.state.keys import COUNTS, META, NODE, REPLICAS, TASK
 from celery_mem.state.link import Link
 from celery_mem.state.records import read_core, read_given, read_recipe, read_result, state_of
 from celery_mem.state.store import REDIS, Store
@@ -55,9 +55,11 @@ def namespace_status(store: Store, see: Callable[[TaskRow], None] | None = None)
         - clients: id -> keys (held), lease (s left)
         - datasets: the names of those that are published
         - forgotten: number of tasks that run though nobody holds them
+        - counts: what happened since the namespace began: all of `keys.COUNTS` by name, and the fields that
+          `counts.histogram` reads
     """
     fixed, of, link = store.keys.fixed, store.keys.of, store.link
-    meta, now, leader, nodes, clients, datasets, *sizes = link.batch(
+    meta, now, leader, nodes, clients, datasets, counts, *sizes = link.batch(
         [
             ("HMGET", fixed("meta"), META["generation"], META["queue"]),
             ("TIME",),
@@ -65,6 +67,7 @@ def namespace_status(store: Store, see: Callable[[TaskRow], None] | None = None)
             ("ZRANGE", fixed("nodes"), 0, -1, "WITHSCORES"),
             ("ZRANGE", fixed("clients"), 0, -1, "WITHSCORES"),
             ("HKEYS", fixed("datasets")),
+            ("HGETALL", fixed("counts")),
             ("ZCARD", fixed("ready")),
             ("SCARD", fixed("unsettled")),
             ("ZCARD", fixed("tickets")),
@@ -88,6 +91,7 @@ def namespace_status(store: Store, see: Callable[[TaskRow], None] | None = None)
         "nbytes": nbytes,
         "datasets": sorted(map(str, map(_text, datasets))),
         "forgotten": link.call("SCARD", of("held", "!")),
+        "counts": _counts(counts),
         "clients": {
             client: {"keys": keys, "lease": lease}
             for (client, lease), keys in zip(client_leases.items(), held, strict=True)
@@ -286,6 +290,11 @@ def server_warnings(facts: dict[str, Any]) -> list[str]:
             f"Redis has maxmemory-policy {policy} and so drops task records when it is full; set noeviction"
         ]
     return []
+
+
+def _counts(reply: Sequence[bytes]) -> dict[str, int]:
+    found = {reply[i].decode(): int(reply[i + 1]) for i in range(0, len(reply), 2)}
+    return {name: found.pop(field, 0) for name, field in COUNTS.items()} | found
 
 
 def _states(store: Store, keys: Sequence[str]) -> dict[str, str | None]:

@@ -29,6 +29,7 @@ FIXED = {
     "undurable": "undurable",  # set: keys in memory that are to be durable and are not yet
     "debris": "debris",  # set: tokens of durable files that no record names any more
     "jobs": "jobs",  # hash: job id -> JSON of what the coordinator is to do, and how far it is
+    "counts": "counts",  # hash: see COUNTS
     "leader": "leader",  # string with a time to live: id of the leading coordinator
 }
 PREFIXES = {
@@ -135,6 +136,16 @@ for a file under `mem_durable_url`.
 - nbytes: its size.
 
 Invariant: each place once, at least one; every node is alive and has the key in its `node_keys`.
+"""
+COUNTS = {
+    "freed": "freed",  # results dropped, as nobody wanted them any more
+    "remade": "remade",  # tasks begun before that have to run again, as their results are gone and wanted
+    "rerun": "rerun",  # tasks that were running in a slot that died, and are ready again
+    "stolen": "stolen",  # tasks taken from the queue of another node
+}
+"""What happened in the namespace since its birth or last restart, for those who watch; no rule rests on it.
+
+Beside these it has the times of steps and tickets, see counts.py.
 """
 NODE = {
     "slots": "slots",

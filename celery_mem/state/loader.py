@@ -19,8 +19,9 @@ _TABLES = {
     "L": keys.FLAGS,
     "M": keys.META,
     "N": keys.NODE,
+    "C": keys.COUNTS,
 }
-_NAME = re.compile(r"\b([KFLMN])\.([a-z_]+)\b")
+_NAME = re.compile(r"\b([KFLMNC])\.([a-z_]+)\b")
 _LIB = re.compile(r"^-- LIB +(.*)$", re.MULTILINE)
 _LOCAL = re.compile(r"local (?:function )?([\w, ]+?)(?: =.*|\(.*|)$", re.MULTILINE)
 _WORD = re.compile(r"\w+")

@@ -157,11 +157,14 @@ class Step(NamedTuple):
         taken: tasks to run.
         stale: keys whose report came too late, or whose copy is not wanted: drop what was kept of them.
         tickets: to be sent.
+        ticket_age_ms: since the ticket that the step took up was reserved; -1 if it was given up before,
+            None without one.
     """
 
     taken: list[Taken]
     stale: list[str]
     tickets: Tickets
+    ticket_age_ms: int | None = None
 
 
 class Ticket(NamedTuple):
@@ -575,6 +578,7 @@ class Store:
         back: Sequence[tuple[str, str]] = (),
         missing: Sequence[Missing] = (),
         pace_ms: float | None = None,
+        counts: Mapping[str, int] | None = None,
         before: Sequence[Command] = (),
     ) -> Step:
         """Report what was done and take what is next, in one round trip; see scripts/step.lua.
@@ -592,11 +596,13 @@ class Store:
             back: tasks handed back, as key and attempt.
             missing: attempts whose inputs were not there.
             pace_ms: how long a task takes on this node, on average; None where nothing is new.
+            counts: what is added to the namespace's, by field (counts.py); lost if the reply is.
             before: plain commands to send ahead.
         """
         s = self.settings
         args: list[Any] = [slot, node, _ms(s.node_lease), ticket, mode, want, s.notice_limit]
         args += (len(done), len(failed), len(back), len(missing), "" if pace_ms is None else pace_ms)
+        args.append(" ".join(f"{name} {n}" for name, n in counts.items()) if counts else "")
         for key, attempt, nbytes, type_name, kind, data, contains in done:
             args += (key, attempt, nbytes, type_name, kind, data, "\n".join(contains) if contains else "")
         for f in failed:
@@ -607,8 +613,10 @@ class Store:
             args += (m.key, m.attempt, len(m.lost))
             for copy in m.lost:
                 args += copy
-        taken, stale, tickets = self._graph("step", *args, before=before, repeat=_repeat_step)
-        return Step([_taken(t) for t in taken], _texts(stale), _tickets(tickets))
+        taken, stale, tickets, age = self._graph("step", *args, before=before, repeat=_repeat_step)
+        return Step(
+            [_taken(t) for t in taken], _texts(stale), _tickets(tickets), None if age == b"" else int(age)
+        )
 
     def heartbeat(self, node: str, *, queue: str = "", **news: Any) -> list[str]:
         """Renew a node's lease; `news` are fields of the node hash. Returns its slots that run a ticket."""

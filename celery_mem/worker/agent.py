@@ -18,6 +18,11 @@ import sys
 import time
 from typing import Any
 
+if __name__ == "__main__":
+    # Where OpenTelemetry is installed, redis-py imports all of it: 10 MB beside each worker, and nobody is to
+    # trace an agent.
+    sys.modules["opentelemetry"] = None  # type: ignore[assignment]
+
 from celery_mem.config import Settings
 from celery_mem.errors import CeleryMemError, NamespaceResetError
 from celery_mem.graph.killed import give_up_slot

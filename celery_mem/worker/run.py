@@ -33,6 +33,7 @@ from celery_mem.graph.calls import call, call_name, decode_call, decode_function
 from celery_mem.graph.errors import encode_error, message_of
 from celery_mem.graph.keys import key_of
 from celery_mem.graph.readers import only_read
+from celery_mem.graph.tracing import context_of
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import MARK, Kind, seal_of
 from celery_mem.memory.serialize import dumps
@@ -45,6 +46,7 @@ from celery_mem.worker.lending import Lender, borrows
 from celery_mem.worker.memory import ProcessMemory, token_suffix
 from celery_mem.worker.shown import name_in_display, shown_name
 from celery_mem.worker.standing_in import StandIn, going_on, stand_in_of_thread
+from celery_mem.worker.tracing import TaskSpan, begin_span
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -99,6 +101,7 @@ class TaskRunner:
     ) -> None:
         self.store = store
         self.slot = slot
+        self._node = slot.rpartition("|")[0]
         self.events = events
         self.interrupts = interrupts
         self.settings = settings
@@ -116,21 +119,27 @@ class TaskRunner:
             RedisUnavailableError: no inputs or no place for the result; not the task's fault.
         """
         started = time.perf_counter()
-        outcome: Done | Failed | Missing
-        keep = None
+        outcome: Done | Failed | Missing | None = None
+        keep = span = None
         shown = None if self.events is None else self.events.begin(task)
         try:
+            context, payload = self._payload(task)
+            if context:
+                span = begin_span(
+                    self.settings.tracing, context, task, node=self._node, namespace=self.settings.namespace
+                )
             func = self._function(task)
             started = time.perf_counter()
-            call = self._prepare(task, func, self.lender.may(task, func))
+            call = self._prepare(task, func, payload, self.lender.may(task, func))
+            del payload
             if shown is not None:
                 shown.calls(func, call.args, call.kwargs)
             try:
-                result = self._result(task, call)
+                result = self._result(task, call, span)
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
-                outcome = self._failure(task, error, shown)
+                outcome = self._failure(task, error, shown, span)
             except TaskInterrupt as error:
-                outcome = self._failure(task, self._named(task, call.timeout, error), shown)
+                outcome = self._failure(task, self._named(task, call.timeout, error), shown, span)
             else:
                 del call  # an input may be part of the result, which is to be nobody else's
                 if shown is not None:
@@ -143,28 +152,27 @@ class TaskRunner:
         except SystemExit as error:
             if _is_by_signal(error):
                 raise WorkerTerminate(error.code) from error
-            outcome = self._failure(task, error, shown)
+            outcome = self._failure(task, error, shown, span)
         except BaseException as error:
-            outcome = self._failure(task, error, shown)
+            outcome = self._failure(task, error, shown, span)
         finally:
-            if shown is not None and shown.end is None:
-                shown.goes_back()
+            _end(shown, span, is_done=isinstance(outcome, Done))
         return Report(outcome, time.perf_counter() - started, keep)
 
-    def _result(self, task: Taken, call: _Call) -> list[Any]:
+    def _result(self, task: Taken, call: _Call, span: TaskSpan | None) -> list[Any]:
         """Make a call; returns the pickled result or None, and the result."""
         if call.lent:
-            result = self._call_on_loan(task, call)
+            result = self._call_on_loan(task, call, span)
             if result is not None:
                 return result
             self.lender.refuse(task)
-            call = self._prepare(task, call.func, may_lend=False)
-        return [None, self._call(task, call)]
+            call = self._prepare(task, call.func, self._payload(task)[1], may_lend=False)
+        return [None, self._call(task, call, span)]
 
-    def _call_on_loan(self, task: Taken, call: _Call) -> list[Any] | None:
+    def _call_on_loan(self, task: Taken, call: _Call, span: TaskSpan | None) -> list[Any] | None:
         """Make a call whose inputs are lent, as `_result`; None if it must have inputs of its own."""
         try:
-            result = self._call(task, call)
+            result = self._call(task, call, span)
             frames = dumps(result, f"the result of {task.key}")
             if not borrows(frames.buffers, call.lent):
                 return [frames, result]
@@ -175,25 +183,32 @@ class TaskRunner:
             log.debug("%s is called again, with inputs of its own: %s", task.key, error)
         return None
 
-    def _call(self, task: Taken, call: _Call) -> Any:
-        if self.interrupts is None:
+    def _call(self, task: Taken, call: _Call, span: TaskSpan | None) -> Any:
+        if self.interrupts is None and span is None:
             return call_task(call.func, call.args, call.kwargs)
+        token = None if span is None else span.enter(call.func)
         try:
-            self.interrupts.enter(task, self.slot, call.timeout)
+            if self.interrupts is not None:
+                self.interrupts.enter(task, self.slot, call.timeout)
             return call_task(call.func, call.args, call.kwargs)
         finally:
-            self.interrupts.leave(task)
+            if self.interrupts is not None:
+                self.interrupts.leave(task)
+            if span is not None:
+                span.leave(token)
 
     def _named(self, task: Taken, timeout: float | None, error: TaskInterrupt) -> BaseException:
         """Return the error of a task that was ended; nobody will hear of one that was cancelled."""
         if timeout is None or error.reason != TIMEOUT:
             return error
-        named = TaskTimeoutError(task.key, timeout, self.slot.rpartition("|")[0])
+        named = TaskTimeoutError(task.key, timeout, self._node)
         named.__cause__, named.__traceback__ = error, error.__traceback__
         return named
 
-    def _failure(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
+    def _failure(self, task: Taken, error: BaseException, shown: Run | None, span: TaskSpan | None) -> Failed:
         """Report a task that raised, whatever the class of the exception does when it is looked at."""
+        if span is not None:
+            span.raised(error)
         try:
             may_retry, data = self._described(task, error)
         except Exception as why:
@@ -239,8 +254,6 @@ class TaskRunner:
 
     def _function(self, task: Taken) -> Callable[..., Any]:
         name = task.function
-        if not name:
-            raise UnreadableRecordError(f"the record of {task.key}")
         func = self._functions.get(name)
         if func is None:
             code = self.store.link.call("GET", self.store.keys.of("function", name))
@@ -252,14 +265,15 @@ class TaskRunner:
             self._functions[name] = func
         return func
 
-    def _prepare(self, task: Taken, func: Callable[..., Any], may_lend: bool) -> _Call:
+    def _prepare(self, task: Taken, func: Callable[..., Any], payload: bytes, may_lend: bool) -> _Call:
         """Fetch the arguments of a call.
 
         Args:
+            payload: what `_payload` returned.
             may_lend: inputs may be lent, if nothing among the arguments speaks against it.
         """
         keys = [i.key for i in task.inputs]
-        timeout, payload = timeout_of(self._payload(task, keys))
+        timeout, payload = timeout_of(payload)
         lent: list[memoryview] = []
         if may_lend and keys:
             values = self.inputs.read(task.inputs, lent)
@@ -276,7 +290,10 @@ class TaskRunner:
         assert found is not None
         return _Call(func, timeout, *found, [])
 
-    def _payload(self, task: Taken, keys: list[str]) -> bytes:
+    def _payload(self, task: Taken) -> tuple[bytes, bytes]:
+        """Return the trace that a call belongs to, and its payload; nothing of it is unpickled yet."""
+        if not task.function:
+            raise UnreadableRecordError(f"the record of {task.key}")
         payload = task.payload
         if task.payload_blob:
             name = self.store.keys.blob(task.payload_blob, task.key)
@@ -285,8 +302,9 @@ class TaskRunner:
                 raise DataLostError(key_of(task.key), "the blob with its arguments is gone")
             payload = bytes(found[1][0])
         if self.seal.is_on or payload[:1] == MARK:
+            keys = [i.key for i in task.inputs]
             payload = self.seal.open(Kind.PAYLOAD, call_name(task.key, task.function, keys), payload)
-        return payload
+        return context_of(payload)
 
     def _store_result(self, task: Taken, box: list[Any]) -> tuple[Done, Any]:
         """Put a result where it belongs; returns its report, and the result if that must live on meanwhile.
@@ -334,6 +352,14 @@ class TaskRunner:
                     ) from error
             time.sleep(delay)  # frees work while Redis is full; wait for them
             delay = min(delay * 2, 2.0)
+
+
+def _end(shown: Run | None, span: TaskSpan | None, *, is_done: bool) -> None:
+    """Tell those who watch that an attempt is over."""
+    if shown is not None and shown.end is None:
+        shown.goes_back()
+    if span is not None:
+        span.end(is_done=is_done)
 
 
 def call_task(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 
 from celery.exceptions import WorkerShutdown, WorkerTerminate
@@ -19,6 +19,7 @@ from celery_mem.config import Settings
 from celery_mem.errors import NamespaceResetError
 from celery_mem.graph.inside import Wait
 from celery_mem.memory.trimming import give_back
+from celery_mem.state.counts import STEP, Tally
 from celery_mem.state.keys import TASK
 from celery_mem.state.letters import save_copy
 from celery_mem.state.link import Link
@@ -43,6 +44,8 @@ MOST_HELPERS = 100
 NOTICE_S = 0.005
 """What a slot reports is known to a client in its process after this time, mostly after a tenth of it."""
 LONGEST_PAUSE_S = 0.1
+TELL_S = 1.0
+"""A slot that stays at work tells after this time what it counted; others when they begin or end."""
 RETRY_PAUSE_S = 1.0
 
 here: ContextVar[Driver | None] = ContextVar("celery_mem_driver", default=None)
@@ -84,6 +87,8 @@ class Slot:
         self.seconds_per_task = settings.batch_target
         self.bytes_per_task = 0.0
         self._told_pace_s = 0.0
+        self._tally = Tally()
+        self._tally_due = 0.0
         self._wake = Link.connect(settings, blocking=True)
         self.batch = Batch()
         self._turns = Turns()
@@ -188,6 +193,8 @@ class Slot:
         pace_s = self._new_pace()
         if want > 0 and self.is_in_doubt:
             mode += "r"
+        counts = self._due_counts(mode, ticket)
+        began = time.perf_counter()
         try:
             step = self.store.step(
                 self.name,
@@ -200,10 +207,16 @@ class Slot:
                 back=[(task.key, task.attempt) for task in reports.back],
                 missing=reports.missing,
                 pace_ms=None if pace_s is None else pace_s * 1000,
+                counts=counts,
             )
         except BaseException:
             self.batch.restore(reports)  # repeated by the next step, which does no harm
+            if counts:
+                self._tally.restore(counts)
             raise
+        self._tally.note(STEP, time.perf_counter() - began)
+        if step.ticket_age_ms is not None:
+            self._tally.note_ticket(step.ticket_age_ms)
         if want > 0:
             self._confirmed = self.store.n_rejoined  # with "r" from the start, or since it was repeated
         if pace_s is not None:
@@ -231,6 +244,14 @@ class Slot:
         if known and self.settings.publish == "always":
             made = [done for done in reported if done.kind == "n" and done.key not in late]
             self.store.mail(self.node, *(save_copy(str(done.data), done.key) for done in made))
+
+    def _due_counts(self, mode: str, ticket: str) -> Mapping[str, int] | None:
+        """Return what this step is to tell of what was counted, None mostly."""
+        now = time.monotonic()
+        if not ticket and now < self._tally_due and not ("q" in mode or "l" in mode):
+            return None
+        self._tally_due = now + TELL_S
+        return self._tally.take()
 
     def _new_pace(self) -> float | None:
         """Return how long a task takes here, if Redis was told something else."""

@@ -153,10 +153,22 @@ def test_every_page_has_the_tab(site: str) -> None:
 
 
 def test_prometheus_finds_the_gauges(site: str) -> None:
+    assert until(lambda: "celery_mem_node_bytes{" in get(f"{site}/metrics"))
     text = get(f"{site}/metrics")
     assert "celery_mem_up 1.0" in text
-    assert "celery_mem_node_bytes{" in text
     assert "celery_mem_slots{" in text
+
+
+def test_prometheus_finds_what_happened(cluster: LocalCluster, site: str) -> None:
+    with Client(cluster) as client:
+        assert client.submit(inc, 1, pure=False).result() == inc(1)
+
+    def counted(*names: str) -> bool:
+        found = dict(line.rsplit(" ", 1) for line in get(f"{site}/metrics").splitlines() if line[0] != "#")
+        return all(float(found[f"celery_mem_{name}"]) > 0 for name in names)
+
+    assert until(lambda: counted("ticket_seconds_count", "step_seconds_count", "freed_total"))
+    assert counted('ticket_seconds_bucket{le="+Inf"}', "step_seconds_sum")
 
 
 def test_a_coordinator_serves_the_metrics_to_those_without_flower(

@@ -283,7 +283,7 @@ def test_a_namespace_without_clients_is_empty_but_for_its_members(graph):
 
     assert audit(graph) == []
     prefix = graph.keys.prefix.encode()
-    assert set(graph.link.call("KEYS", graph.keys.prefix + "*")) == {prefix + b"meta"}
+    assert set(graph.link.call("KEYS", graph.keys.prefix + "*")) == {prefix + b"meta", prefix + b"counts"}
 
 
 def test_a_violation_tells_the_rule_in_words(graph):

@@ -914,14 +914,14 @@ class Machine(RuleBasedStateMachine):
         return [(record.data.token, place) for place in sorted(record.places)]
 
     def known_copies(self) -> list[tuple[str, str]]:
-        """Key and token of what there are copies of."""
+        """Key and token of what there are copies of; else a token that nothing else ever has."""
         found = [(r.key, r.data.token) for r in self.twins.model.in_state(MEMORY) if r.data and r.places]
-        return found or [("k00", "0")]
+        return found or [("k00", "old")]
 
     @rule(data=st.data(), place=A_PLACE, times=TIMES)
     def change_copies(self, data: st.DataObject, place: str, times: int) -> None:
         """Copies come and go; now and then of a version that is none any more."""
-        items = st.sampled_from([*self.known_copies() * 3, ("k03", "0"), ("d0", "0")])
+        items = st.sampled_from([*self.known_copies() * 3, ("k03", "old"), ("d0", "old")])
         some = data.draw(st.lists(items, min_size=1, max_size=3, unique=True), "copies")
         match data.draw(st.sampled_from(["gain", "gain", "vanished", "lose", "lose", "shed"])):
             case "gain":

@@ -20,6 +20,8 @@ from celery_mem.errors import (
     VersionMismatchError,
 )
 from celery_mem.state.audit import read
+from celery_mem.state.counts import LATE, STEP, histogram
+from celery_mem.state.inspect import namespace_status
 from celery_mem.state.store import Taken
 from celery_mem.worker.slot import Slot
 from celery_mem.worker.turns import Driver
@@ -430,3 +432,36 @@ def test_a_large_result_that_came_too_late_is_removed(space: Space) -> None:
     future.cancel()
     slot._step("iq", 0)
     assert read(space.store).blobs == {}
+
+
+def test_a_slot_tells_how_long_its_steps_and_tickets_took(space: Space) -> None:
+    slot = space.slot()
+    slot.run_ticket("")
+    future = space.submit(inc, 1)
+    slot.run_ticket("of a time before")
+    assert future.result(timeout=10) == 2
+
+    counts = namespace_status(space.store)["counts"]
+    assert counts[LATE] == 1
+    steps = histogram(counts, STEP)
+    assert steps.buckets[-1][1] >= 1
+    assert steps.total_s > 0
+
+
+def test_what_a_slot_counted_outlives_a_step_that_failed(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = space.slot()
+    slot.run_ticket("")
+    before = histogram(namespace_status(space.store)["counts"], STEP).buckets[-1][1]
+
+    def away(*args: Any, **kwargs: Any) -> Any:
+        raise RedisUnavailableError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slot.store, "step", away)
+        with pytest.raises(RedisUnavailableError):
+            slot.run_ticket("t")
+    slot.run_ticket("")
+    after = histogram(namespace_status(space.store)["counts"], STEP).buckets[-1][1]
+    assert after > before

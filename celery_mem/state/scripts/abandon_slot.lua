@@ -13,7 +13,7 @@ local slot, node, death = ARGV[5], ARGV[6], ARGV[7]
 local errors = {}
 for i = 8, #ARGV, 2 do errors[ARGV[i]] = ARGV[i + 1] end
 relief()
-local keys, killed = redis.call('HKEYS', P .. K.slot .. slot), {}
+local keys, killed, n_rerun = redis.call('HKEYS', P .. K.slot .. slot), {}, 0
 for _, key in ipairs(keys) do
   local r = load(key)
   if r and r.state == 'processing' and extra(r, F.owner) == slot then
@@ -26,9 +26,11 @@ for _, key in ipairs(keys) do
     else
       withdraw(r)
       requeue(r)
+      n_rerun = n_rerun + 1
     end
   end
 end
+if n_rerun > 0 then redis.call('HINCRBY', P .. K.counts, C.rerun, n_rerun) end
 redis.call('ZREM', P .. K.slots, slot)
 redis.call('ZREM', P .. K.idle, slot)
 redis.call('SREM', P .. K.node_slots .. node, slot)

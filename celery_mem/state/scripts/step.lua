@@ -18,8 +18,10 @@
 --            15 missing         int   number of tasks whose inputs were not there: key, attempt, number of copies
 --                                     that were looked for in vain, dependency, token and place of each
 --            16 pace            num   ms that a task takes on this node; empty where nothing is new
---            17 ...             the completions, the failures, the tasks handed back, those without inputs
--- RETURNS     {taken, stale keys, tickets to send}; taken is a list of {key, attempt, function hash, payload or nothing,
+--            17 counts          str   what the slot counted, "name number name number ..."; empty mostly
+--            18 ...             the completions, the failures, the tasks handed back, those without inputs
+-- RETURNS     {taken, stale keys, tickets to send, age of the ticket that this call takes up in ms, -1 if it was given
+--             up before, empty without one}; taken is a list of {key, attempt, function hash, payload or nothing,
 --             payload blob token or '', {dep, kind v|r|-, value or replicas, ...}}
 -- ERRORS      none of its own: a late or repeated report is named in `stale` or passed over
 -- INVARIANTS  a report counts only under the current attempt; a blob that vanished before its commit is not adopted,
@@ -30,7 +32,14 @@ local slot, node, lease, ticket, mode = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARG
 local want, notice_limit = tonumber(ARGV[10]), tonumber(ARGV[11])
 local leaving = string.find(mode, 'q', 1, true)
 relief()
-if ticket ~= '' then take_up_ticket(ticket) end
+local is_repeat, ticket_age = string.find(mode, 'r', 1, true), ''
+if ticket ~= '' then
+  ticket_age = age_of_ticket(ticket, ticket_lease) or (is_repeat and '' or -1)
+  take_up_ticket(ticket)
+end
+if not is_repeat then
+  for name, n in string.gmatch(ARGV[17], '(%S+) (%S+)') do redis.call('HINCRBY', P .. K.counts, name, n) end
+end
 if string.find(mode, 'i', 1, true) then redis.call('ZREM', P .. K.idle, slot) end
 if ticket ~= '' or not redis.call('ZSCORE', P .. K.slots, slot) then
   -- It begins, or it was given up for dead and is back: from here on the node's heartbeats keep its lease.
@@ -61,7 +70,7 @@ local function is_there(kind, token, key)
   return kind == 'v' or node_of(node)
 end
 
-local a = 17
+local a = 18
 for _ = 1, tonumber(ARGV[12]) do
   local key, kind, data = ARGV[a], ARGV[a + 4], ARGV[a + 5]
   local r = current(key, ARGV[a + 1])
@@ -119,7 +128,7 @@ flush_queues()
 
 -- Take: first, on a repeat, what an earlier call gave; then what is next in the queues.
 local taken, keys, again = {}, {}, {}
-if string.find(mode, 'r', 1, true) and want > 0 then
+if is_repeat and want > 0 then
   for _, key in ipairs(redis.call('HKEYS', P .. K.slot .. slot)) do
     again[key] = true
     keys[#keys + 1] = key
@@ -191,4 +200,4 @@ if added_shared > #keys or goes then
 end
 if goes then add_waiting_here(node) elseif has_room then add_waiting_here(node, true) end
 call_for_placed(ticket_lease, tickets)
-return {taken, stale, tickets}
+return {taken, stale, tickets, ticket_age}

@@ -25,7 +25,7 @@ local function reset_errors(keys)
   end
   for _, r in ipairs(down) do
     set_state(r, 'released')
-    r.blame = nil
+    r.blame, r.is_retried = nil, true
     redis.call('HDEL', r.name, F.error, F.blame)
     notify(r, 'p')
     settle_later(r.key)

@@ -4,6 +4,7 @@
 -- ARGV[3] budget; ARGV[4] ticket lease, ms.
 local budget, ticket_lease = tonumber(ARGV[3]), tonumber(ARGV[4])
 local work, queued, head, visits = {}, {}, 1, 0
+local n_freed, n_remade = 0, 0
 local ACTIVE = {waiting = true, ready = true, processing = true}
 
 local function settle_later(key)
@@ -177,6 +178,7 @@ end
 
 -- A released task is wanted: it will be made again, after those of its inputs that are not in memory.
 local function raise(r)
+  if r.attempt ~= '' and not r.is_retried then n_remade = n_remade + 1 end
   if not r.deps_text then
     enqueue(r)
     return
@@ -219,6 +221,7 @@ local function settle(key)
       return
     end
     drop_data(r)
+    n_freed = n_freed + 1
   end
   if not has_dependents(r) then forget(r)
   elseif r.data_dropped then clear_data(r) end
@@ -272,6 +275,8 @@ local function run_settle()
   end
   for i = head, #work do redis.call('SADD', P .. K.unsettled, work[i]) end
   work, head = {}, 1
+  if n_freed > 0 then redis.call('HINCRBY', P .. K.counts, C.freed, n_freed) end
+  if n_remade > 0 then redis.call('HINCRBY', P .. K.counts, C.remade, n_remade) end
 end
 
 -- The end of every script that changes the graph: settle, write, tell, call slots. Returns tickets to send.

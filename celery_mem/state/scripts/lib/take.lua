@@ -88,6 +88,7 @@ local function steal(node, lease_ms)
     local member = stealable(queue.node, queue.length, lease_ms)
     if member then
       redis.call('ZREM', home_queue(queue.node), member)
+      redis.call('HINCRBY', P .. K.counts, C.stolen, 1)
       return {string.sub(member, 18)}
     end
   end

@@ -72,6 +72,12 @@ local function reserve_node_tickets(node, work, lease_ms, out)
   return n
 end
 
+-- How long ago a ticket was reserved, in ms; nil if it was taken up already, or given up.
+local function age_of_ticket(id, lease_ms)
+  local deadline = redis.call('ZSCORE', P .. K.tickets, id)
+  return deadline and math.max(0, now() + lease_ms - deadline)
+end
+
 local function take_up_ticket(id)
   redis.call('ZREM', P .. K.tickets, id)
   local node = string.match(id, '@(.*)$')
