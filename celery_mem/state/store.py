@@ -26,6 +26,9 @@ HELP_AFTER_S = 0.5
 """Whoever meets a restart that takes longer helps: who began it may be dead."""
 
 
+WATCH_S = 30.0
+"""How long nodes and slots go on for a watcher that died."""
+
 REDIS = "@redis"
 """The place of a copy that is a blob in Redis."""
 DURABLE = "@durable"
@@ -157,11 +160,13 @@ class Step(NamedTuple):
         taken: tasks to run.
         stale: keys whose report came too late, or whose copy is not wanted: drop what was kept of them.
         tickets: to be sent.
+        recordings: ids of those that are to know of what was taken; see `Store.watch`.
     """
 
     taken: list[Taken]
     stale: list[str]
     tickets: Tickets
+    recordings: tuple[str, ...] = ()
 
 
 class Ticket(NamedTuple):
@@ -283,11 +288,18 @@ class Store:
         found = self.link.call("HGET", self._meta, META["generation"])
         return found == self.generation.encode() or self._adopt()
 
-    def check_generation(self) -> None:
-        """Raise NamespaceResetError if the namespace is not the one that was joined. A plain read."""
-        found = self.link.call("HGET", self._meta, META["generation"])
+    def check_generation(self) -> bool:
+        """Return whether somebody looks at the memory of nodes; see `watch`. A plain read.
+
+        Raises:
+            NamespaceResetError: the namespace is not the one that was joined.
+        """
+        found, is_watched = self.link.batch(
+            [("HGET", self._meta, META["generation"]), ("EXISTS", self.keys.fixed("watchers"))]
+        )
         if found is None or birth_of(found.decode()) != birth_of(self.generation):
             raise NamespaceResetError("check", "the namespace is not the one joined")
+        return bool(is_watched)
 
     def restart(self, reason: str) -> None:
         """Give up all that the namespace holds, and join its next life.
@@ -574,6 +586,7 @@ class Store:
         failed: Sequence[Failed] = (),
         back: Sequence[tuple[str, str]] = (),
         missing: Sequence[Missing] = (),
+        lines: Sequence[tuple[str, bytes]] = (),
         pace_ms: float | None = None,
         before: Sequence[Command] = (),
     ) -> Step:
@@ -591,12 +604,14 @@ class Store:
             failed: failures.
             back: tasks handed back, as key and attempt.
             missing: attempts whose inputs were not there.
+            lines: recordings, and what each is to know of what ran.
             pace_ms: how long a task takes on this node, on average; None where nothing is new.
             before: plain commands to send ahead.
         """
         s = self.settings
         args: list[Any] = [slot, node, _ms(s.node_lease), ticket, mode, want, s.notice_limit]
         args += (len(done), len(failed), len(back), len(missing), "" if pace_ms is None else pace_ms)
+        args.append(len(lines))
         for key, attempt, nbytes, type_name, kind, data, contains in done:
             args += (key, attempt, nbytes, type_name, kind, data, "\n".join(contains) if contains else "")
         for f in failed:
@@ -607,8 +622,11 @@ class Store:
             args += (m.key, m.attempt, len(m.lost))
             for copy in m.lost:
                 args += copy
-        taken, stale, tickets = self._graph("step", *args, before=before, repeat=_repeat_step)
-        return Step([_taken(t) for t in taken], _texts(stale), _tickets(tickets))
+        for line in lines:
+            args += line
+        taken, stale, tickets, *more = self._graph("step", *args, before=before, repeat=_repeat_step)
+        recordings = tuple(_texts(more[0])) if more else ()
+        return Step([_taken(t) for t in taken], _texts(stale), _tickets(tickets), recordings)
 
     def heartbeat(self, node: str, *, queue: str = "", **news: Any) -> list[str]:
         """Renew a node's lease; `news` are fields of the node hash. Returns its slots that run a ticket."""
@@ -741,6 +759,37 @@ class Store:
         """Err up to `most` tasks under `constraint` that no live node may run; returns how many stay."""
         left, tickets = self._graph("refuse", constraint, error, fence, most)
         return left, _tickets(tickets)
+
+    # --- those who look ---
+
+    def watch(self, watcher: str, *, records: bool) -> bool:
+        """Have nodes tell of their memory often, and slots of what they run, for `WATCH_S` from now on.
+
+        Args:
+            watcher: an id of the caller's own, never given twice.
+            records: also what runs; read it with `read_lines`.
+
+        Returns:
+            whether it was so already; if not, what ran before is not known.
+        """
+        return bool(self._run("watch", watcher, _ms(WATCH_S), int(records)))
+
+    def end_watch(self, watcher: str) -> None:
+        """End what `watch` began; what was not read is gone."""
+        self._run("watch", watcher, 0, 0)
+
+    def read_lines(self, watcher: str, after: str, *, most: int = 500) -> tuple[list[bytes], str]:
+        """Return what slots wrote for a recording, and the id to go on after; drops what was read before."""
+        stream = self.keys.of("lines", watcher)
+        commands: list[Command] = [("XREAD", "COUNT", most, "STREAMS", stream, after)]
+        if after != "0":
+            ms, _, seq = after.partition("-")
+            commands.insert(0, ("XTRIM", stream, "MINID", f"{ms}-{int(seq) + 1}"))
+        reply = self.link.batch(commands)[-1]
+        if not reply:
+            return [], after
+        entries = reply[0][1]
+        return [fields[1] for _, fields in entries if fields[1]], entries[-1][0].decode()
 
     # --- coordinator ---
 

@@ -222,7 +222,7 @@ class TaskEvents:
             run.told = True
             call = {
                 "uuid": run.key,
-                "name": _shown_name(run),
+                "name": shown_name(run.name, run.key),
                 "args": run.args,
                 "kwargs": run.kwargs,
                 "root_id": self._root_of(run),
@@ -247,9 +247,10 @@ class TaskEvents:
         return root
 
 
-def _shown_name(run: Run) -> str:
-    if run.name and run.name not in GENERAL:
-        return run.name
+def shown_name(name: str, key: str) -> str:
+    """Return the name under which others see a task: its function's, or where that says little, its key's."""
+    if name and name not in GENERAL:
+        return name
     from dask.utils import key_split
 
-    return str(key_split(key_of(run.key)))
+    return str(key_split(key_of(key)))

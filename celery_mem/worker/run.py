@@ -35,6 +35,7 @@ from celery_mem.graph.readers import only_read
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import MARK, Kind, seal_of
 from celery_mem.memory.serialize import dumps
+from celery_mem.profiling.lines import Line, Notebook
 from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
 from celery_mem.worker.events import Run, TaskEvents
@@ -42,6 +43,7 @@ from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, Sto
 from celery_mem.worker.interrupts import TIMEOUT, Interrupts
 from celery_mem.worker.lending import Lender, borrows
 from celery_mem.worker.memory import ProcessMemory, token_suffix
+from celery_mem.worker.noting import Note
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -65,11 +67,13 @@ class Report(NamedTuple):
         outcome: its completion, its failure, or which of its inputs were not there.
         seconds: how long the call took.
         keep: the result, if futures are inside: until Redis has the report, only this object pins them.
+        line: for recordings, if there are any.
     """
 
     outcome: Done | Failed | Missing
     seconds: float
     keep: Any
+    line: Line | None = None
 
 
 class TaskRunner:
@@ -82,6 +86,7 @@ class TaskRunner:
         slot: its name.
         interrupts: told of each call; None where tasks cannot be ended.
         events: shows tasks to others; None if nobody is to see them.
+        notebook: says whether somebody records what runs.
     """
 
     def __init__(
@@ -93,7 +98,9 @@ class TaskRunner:
         slot: str = "",
         interrupts: Interrupts | None = None,
         events: TaskEvents | None = None,
+        notebook: Notebook | None = None,
     ) -> None:
+        self.notebook = notebook or Notebook()
         self.store = store
         self.slot = slot
         self.events = events
@@ -116,18 +123,19 @@ class TaskRunner:
         outcome: Done | Failed | Missing
         keep = None
         shown = None if self.events is None else self.events.begin(task)
+        note = Note(task) if self.notebook.is_open else None
         try:
             func = self._function(task)
             started = time.perf_counter()
             call = self._prepare(task, func, self.lender.may(task, func))
-            if shown is not None:
-                shown.calls(func, call.args, call.kwargs)
+            if shown is not None or note is not None:
+                _tell_of_call(shown, note, call)
             try:
                 result = self._result(task, call)
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
-                outcome = self._failure(task, error, shown)
+                outcome = self._failure(task, error, shown, note)
             except TaskInterrupt as error:
-                outcome = self._failure(task, self._named(task, call.timeout, error), shown)
+                outcome = self._failure(task, self._named(task, call.timeout, error), shown, note)
             else:
                 del call  # an input may be part of the result, which is to be nobody else's
                 if shown is not None:
@@ -140,13 +148,14 @@ class TaskRunner:
         except SystemExit as error:
             if _is_by_signal(error):
                 raise WorkerTerminate(error.code) from error
-            outcome = self._failure(task, error, shown)
+            outcome = self._failure(task, error, shown, note)
         except BaseException as error:
-            outcome = self._failure(task, error, shown)
+            outcome = self._failure(task, error, shown, note)
         finally:
             if shown is not None and shown.end is None:
                 shown.goes_back()
-        return Report(outcome, time.perf_counter() - started, keep)
+        line = None if note is None else note.line(outcome)
+        return Report(outcome, time.perf_counter() - started, keep, line)
 
     def _result(self, task: Taken, call: _Call) -> list[Any]:
         """Make a call; returns the pickled result or None, and the result."""
@@ -189,10 +198,10 @@ class TaskRunner:
         named.__cause__, named.__traceback__ = error, error.__traceback__
         return named
 
-    def _failure(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
+    def _failure(self, task: Taken, error: BaseException, shown: Run | None, note: Note | None) -> Failed:
         """Report a task that raised, whatever the class of the exception does when it is looked at."""
         try:
-            return self._described(task, error, shown)
+            return self._described(task, error, shown, note)
         except Exception as why:
             name = type.__repr__(type(error))
             log.warning("%s raised %s, which cannot be reported: %s", task.key, name, message_of(why))
@@ -200,11 +209,13 @@ class TaskRunner:
             data = encode_error(stand_in, key=task.key)
             return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry=True)
 
-    def _described(self, task: Taken, error: BaseException, shown: Run | None) -> Failed:
+    def _described(self, task: Taken, error: BaseException, shown: Run | None, note: Note | None) -> Failed:
         if shown is not None:
             shown.raised(error)
         elif self.events is not None:
             self.events.failed(task, error)
+        if note is not None:
+            note.raised(error)
         if not isinstance(error, Exception):
             exit_error = TaskExitError(
                 f"task {task.key} raised {type(error).__name__}({message_of(error)}), "
@@ -314,6 +325,13 @@ class TaskRunner:
                     ) from error
             time.sleep(delay)  # frees work while Redis is full; wait for them
             delay = min(delay * 2, 2.0)
+
+
+def _tell_of_call(shown: Run | None, note: Note | None, call: _Call) -> None:
+    if shown is not None:
+        shown.calls(call.func, call.args, call.kwargs)
+    if note is not None:
+        note.calls(call.func, call.args)
 
 
 def call_task(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
