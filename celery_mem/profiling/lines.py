@@ -69,8 +69,8 @@ def pack(parcel: Parcel) -> bytes:
         )
         for line in parcel.lines
     ]
-    text = json.dumps([parcel.slot, parcel.first, rows], separators=(",", ":"))
-    return zlib.compress(text.encode(errors="replace"), 1)
+    text = json.dumps([parcel.slot, parcel.first, rows], separators=(",", ":"), ensure_ascii=False)
+    return zlib.compress(text.encode(errors="replace"), 1)  # no half characters, which no file takes
 
 
 def unpack(data: bytes) -> Parcel:

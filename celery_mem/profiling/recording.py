@@ -300,7 +300,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     target = Path(path)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
-        with open(handle, "w", encoding="utf-8") as file:
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(text)
         mask = os.umask(0)
         os.umask(mask)

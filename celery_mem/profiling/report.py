@@ -159,7 +159,7 @@ def _cards(recording: Recording, summary: Summary) -> str:
         ("slots", f"{summary.slots:,}", ""),
         ("busy", f"{100 * summary.utilisation:.0f} %", ""),
         ("results made", size(summary.nbytes), ""),
-        ("most in memory", size(summary.peak_nbytes) if recording.memory.samples else "-", ""),
+        ("peak memory", size(summary.peak_nbytes) if recording.memory.samples else "-", ""),
     ]
     return "".join(
         f'<div class="card {kind}"><b>{html.escape(value)}</b>{html.escape(name)}</div>'
