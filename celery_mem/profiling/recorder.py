@@ -18,7 +18,7 @@ from celery_mem.profiling.recording import MOST_TASKS, Recording
 from celery_mem.state.store import Store
 
 PERIOD_S = 0.2
-"""Between two reads; a stream keeps what 2000 steps of slots wrote, and they make fewer in that time."""
+"""Between two reads; a stream keeps what 2000 steps of slots wrote, or 500 with very many tasks each."""
 AT_ONCE = 500
 """Entries of one read."""
 

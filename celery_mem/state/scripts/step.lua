@@ -27,7 +27,7 @@
 -- INVARIANTS  a report counts only under the current attempt; a blob that vanished before its commit is not adopted,
 --             nor is a copy on a node that is not alive: the task is ready again; what is taken has its inputs in
 --             memory; a slot takes at most its fair share; tasks on one node never use more resources than it has; who is
---             told of a completion finds its line, in a stream that keeps the last 2000 entries and is never made here
+--             told of a completion finds its line, in a stream that is bounded and never made here
 -- COST        O(R log Q + E): R tasks reported or taken, Q ready ones, E edges of those
 local slot, node, lease, ticket, mode = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8], ARGV[9]
 local want, notice_limit = tonumber(ARGV[10]), tonumber(ARGV[11])
@@ -115,7 +115,8 @@ for _ = 1, tonumber(ARGV[15]) do
   a = a + 3 + 3 * n
 end
 for _ = 1, tonumber(ARGV[17]) do
-  redis.call('XADD', P .. K.lines .. ARGV[a], 'NOMKSTREAM', 'MAXLEN', '~', 2000, '*', 'l', ARGV[a + 1])
+  local most = #ARGV[a + 1] > 2048 and 500 or 2000      -- so that it never takes more than some 10 MB
+  redis.call('XADD', P .. K.lines .. ARGV[a], 'NOMKSTREAM', 'MAXLEN', '~', most, '*', 'l', ARGV[a + 1])
   a = a + 2
 end
 if ARGV[16] ~= '' and node_of(node) then redis.call('HSET', P .. K.node .. node, N.pace, ARGV[16]) end
