@@ -20,6 +20,8 @@ MOST_DRAWN = 50_000
 MOST_FUNCTIONS = 200
 MOST_SAMPLES = 2_000
 MOST_GAPS = 10
+TOUCH_S = 1e-4
+"""Attempts that overlap by less follow each other: begins are by a clock that is corrected now and then."""
 COLOURS = (
     "#4269d0",
     "#efb118",
@@ -113,7 +115,7 @@ def _lanes(drawn: Iterable[Ran]) -> tuple[list[int], list[dict[str, Any]]]:
     places: list[tuple[str, int]] = []
     for line, slot in drawn:
         rows = ends.setdefault(slot, [])
-        free = next((i for i, end in enumerate(rows) if end <= line.began), len(rows))
+        free = next((i for i, end in enumerate(rows) if end <= line.began + TOUCH_S), len(rows))
         rows[free : free + 1] = [line.ended]
         places.append((slot, free))
     first: dict[str, int] = {}

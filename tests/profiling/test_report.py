@@ -124,6 +124,13 @@ def test_attempts_of_a_slot_that_lie_over_each_other_have_rows_of_their_own() ->
     assert [lane["rows"] for lane in data["lanes"]] == [2]
 
 
+def test_clocks_that_are_corrected_make_no_further_row() -> None:
+    recording = Recording()
+    recording.began, recording.ended = 10.0, 12.0
+    recording.add("n|1.1", [Line("one", "f", 10.0, 10.0, 11.00005), Line("two", "f", 11.0, 11.0, 12.0)])
+    assert data_of(recording.report())["tasks"]["row"] == [0, 0]
+
+
 def test_names_are_text_wherever_they_stand() -> None:
     recording = Recording(EVIL)
     recording.began, recording.ended = 1.0, 2.0
