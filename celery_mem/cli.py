@@ -365,9 +365,19 @@ def report(
         return
     if seconds is not None or most is not None:
         raise click.UsageError("--seconds and --most are for recording; with --from that is over")
+    _check_place(file)
     recording = Recording.load(source)
     recording.report(file, title=title)
     click.echo(f"wrote {file}: {len(recording):,} tasks")
+
+
+def _check_place(file: str) -> None:
+    from celery_mem.profiling.recording import check_place
+
+    try:
+        check_place(file)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _record(
@@ -383,6 +393,7 @@ def _record(
     from celery_mem.profiling.recording import MOST_TASKS
     from celery_mem.state.store import Store
 
+    _check_place(file)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = load_settings(url, namespace)
     recording = LiveRecording(

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from celery_mem.errors import CeleryMemError, RecordingError
 from celery_mem.profiling.lines import unpack
 from celery_mem.profiling.memory import Watch, check_interval, look
-from celery_mem.profiling.recording import MOST_TASKS, Recording
+from celery_mem.profiling.recording import MOST_TASKS, Recording, check_place
 from celery_mem.state.store import Store
 
 PERIOD_S = 0.2
@@ -47,9 +47,7 @@ class LiveRecording(Recording):
         super().__init__(namespace, most)
         check_interval(interval)
         if path is not None:
-            folder = os.path.dirname(os.path.abspath(path))
-            if not os.path.isdir(folder):  # to be told at the end would be late
-                raise FileNotFoundError(f"there is no folder {folder} for the recording")
+            check_place(path)
         self._connect = connect
         self._path = path
         self._interval = interval

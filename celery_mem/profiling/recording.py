@@ -291,6 +291,17 @@ def _busy(rows: list[Ran]) -> float:
     return total
 
 
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise OSError if `write_text` could not write there; to be told when a run is over would be late."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder {folder} to write {os.path.basename(path)} in")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{os.fspath(path)} is a folder, and no place for a recording")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"nothing can be written in {folder}")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file in one go: whoever reads it finds the old one or the new one.
 

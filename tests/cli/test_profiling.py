@@ -66,6 +66,14 @@ def test_report_records_by_itself(cli: Cli, tmp_path: Path) -> None:
     assert "No task ran meanwhile." in page.read_text()
 
 
+def test_a_place_that_is_none_is_told_before_the_run(cli: Cli, tmp_path: Path) -> None:
+    refused = cli("record", str(tmp_path / "nowhere" / "run.json"))
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr == f"Error: there is no folder {tmp_path / 'nowhere'} to write run.json in\n"
+    refused = cli("report", str(tmp_path / "nowhere" / "run.html"), "--seconds", "0.1")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+
+
 def test_a_name_that_ends_in_html_gets_the_page(cli: Cli, tmp_path: Path) -> None:
     page = tmp_path / "run.html"
     assert cli("record", str(page), "--seconds", "0.1", "--most", "10").exit_code == 0
