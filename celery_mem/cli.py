@@ -309,6 +309,110 @@ def doctor(url: str | None, namespace: str | None, for_programs: bool) -> None:
         sys.exit(1)
 
 
+def for_a_while(command: Command) -> Command:
+    """Add the options of commands that record."""
+    command = click.option(
+        "--most", type=click.IntRange(min=1), metavar="TASKS", help="Keep so many; of more, the oldest go."
+    )(command)
+    return click.option(
+        "--seconds", type=click.FloatRange(min=0.1), metavar="SECONDS", help="End then, and not at Ctrl-C."
+    )(command)
+
+
+@mem.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@where
+@for_a_while
+def record(
+    file: str, url: str | None, namespace: str | None, seconds: float | None, most: int | None
+) -> None:
+    """Record what runs, of all clients, until Ctrl-C, and write it to FILE.
+
+    FILE is JSON, which `celery-mem report --from` makes a page of; or that page, if its name ends in .html.
+    """
+    _record(file, url, namespace, seconds, most)
+
+
+@mem.command()
+@click.argument("file", type=click.Path(dir_okay=False))
+@where
+@for_a_while
+@click.option(
+    "--from",
+    "source",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="RECORDING",
+    help="A file of `celery-mem record` or Client.record; without it, record what runs until Ctrl-C.",
+)
+@click.option("--title", default="", help="Headline of the page.")
+def report(
+    file: str,
+    url: str | None,
+    namespace: str | None,
+    seconds: float | None,
+    most: int | None,
+    source: str | None,
+    title: str,
+) -> None:
+    """Write a page about what ran to FILE: task stream, memory over time, slowest functions.
+
+    It is one file of HTML that needs no network.
+    """
+    from celery_mem.profiling.recording import Recording
+
+    if source is None:
+        _record(file, url, namespace, seconds, most, title)
+        return
+    if seconds is not None or most is not None:
+        raise click.UsageError("--seconds and --most are for recording; with --from that is over")
+    _check_place(file)
+    recording = Recording.load(source)
+    recording.report(file, title=title)
+    click.echo(f"wrote {file}: {len(recording):,} tasks")
+
+
+def _check_place(file: str) -> None:
+    from celery_mem.profiling.recording import check_place
+
+    try:
+        check_place(file)
+    except OSError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _record(
+    file: str,
+    url: str | None,
+    namespace: str | None,
+    seconds: float | None,
+    most: int | None,
+    title: str | None = None,
+) -> None:
+    """Record until Ctrl-C or SIGTERM; with a title, write the page."""
+    from celery_mem.profiling.recorder import LiveRecording
+    from celery_mem.profiling.recording import MOST_TASKS
+    from celery_mem.state.store import Store
+
+    _check_place(file)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    settings = load_settings(url, namespace)
+    recording = LiveRecording(
+        lambda: Store.connect(settings), settings.namespace, None, most=most or MOST_TASKS
+    )
+    with suppress(KeyboardInterrupt), recording:
+        click.echo(
+            f"records what runs in namespace {settings.namespace} "
+            + (f"for {seconds:g} s" if seconds else "until Ctrl-C")
+        )
+        threading.Event().wait(seconds)
+    if title is None:
+        recording.save(file)
+    else:
+        recording.report(file, title=title)
+    dropped = f", and {recording.dropped:,} more that were dropped" if recording.dropped else ""
+    click.echo(f"wrote {file}: {len(recording):,} tasks{dropped}")
+
+
 @mem.command()
 @click.argument("file", type=click.Path(dir_okay=False), required=False)
 def keygen(file: str | None) -> None:

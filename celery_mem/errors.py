@@ -115,6 +115,10 @@ class VersionMismatchError(CeleryMemError):
     """Client and worker run versions that cannot exchange tasks."""
 
 
+class RecordingError(CeleryMemError, ValueError):
+    """A file is no recording of what ran, or of another version; the text says which."""
+
+
 class UnsupportedPoolError(CeleryMemError):
     """This Celery pool cannot run graph tasks; use prefork, threads or solo."""
 

@@ -23,6 +23,7 @@ from celery_mem.client.future import Future, text_of_future
 from celery_mem.client.legacy import check_name
 from celery_mem.client.lifetimes import LifetimeMethods, parse_lease
 from celery_mem.client.placing import Placing
+from celery_mem.client.profiling import ProfilingMethods
 from celery_mem.client.reading import Found
 from celery_mem.client.scattering import Scattering
 from celery_mem.client.session import Session
@@ -74,7 +75,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 Priority = int | float
 
 
-class Client(DataMethods, LifetimeMethods):
+class Client(DataMethods, LifetimeMethods, ProfilingMethods):
     """A process's connection to a cluster: what it submits is held until its futures are gone.
 
     Args:

@@ -190,14 +190,14 @@ class Contents:
 
 TYPES = {
     **dict.fromkeys(("ready", "clients", "nodes", "slots", "idle", "tickets"), "zset"),
-    **dict.fromkeys(("home_queue", "picky", "node_tickets"), "zset"),
+    **dict.fromkeys(("home_queue", "picky", "node_tickets", "watchers", "recordings"), "zset"),
     **dict.fromkeys(
         ("meta", "functions", "task", "dependents", "blob", "slot", "node", "constraints", "counts"), "hash"
     ),
     **dict.fromkeys(("jobs", "unrunnable", "names", "heirs", "datasets"), "hash"),
     **dict.fromkeys(("unsettled", "held", "node_slots", "node_keys", "copies", "undurable", "debris"), "set"),
     **dict.fromkeys(("leader", "function", "revoked"), "string"),
-    "notices": "stream",
+    **dict.fromkeys(("notices", "lines"), "stream"),
     **dict.fromkeys(("wake", "mail", "reply", "failures"), "list"),
 }
 _BULK = {"payload", "value", "error"}

@@ -30,6 +30,8 @@ FIXED = {
     "debris": "debris",  # set: tokens of durable files that no record names any more
     "jobs": "jobs",  # hash: job id -> JSON of what the coordinator is to do, and how far it is
     "counts": "counts",  # hash: see COUNTS
+    "watchers": "watchers",  # zset: who looks at the memory of nodes, or records -> deadline, ms; expires
+    "recordings": "recordings",  # zset: id of a recording of what runs -> deadline, ms; expires
     "leader": "leader",  # string with a time to live: id of the leading coordinator
 }
 PREFIXES = {
@@ -40,6 +42,7 @@ PREFIXES = {
     "function": "f:",  # string per function hash: the pickled function
     "held": "c:",  # set per client, dataset ("#token") and "!": keys it holds
     "notices": "n:",  # stream per client: changes of state of what it holds
+    "lines": "rec:",  # stream with a time to live per recording: what slots noted of the tasks that they ran
     "slot": "s:",  # hash per slot: key -> attempt of every task it owns
     "home_queue": "ready:",  # zset per node: rank + size class + key of ready tasks for it; as `ready`
     "picky": "picky:",  # zset per constraint: rank + key of its ready tasks; as `ready`

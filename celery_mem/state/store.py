@@ -26,6 +26,9 @@ HELP_AFTER_S = 0.5
 """Whoever meets a restart that takes longer helps: who began it may be dead."""
 
 
+WATCH_S = 30.0
+"""How long nodes and slots go on for a watcher that died."""
+
 REDIS = "@redis"
 """The place of a copy that is a blob in Redis."""
 DURABLE = "@durable"
@@ -159,12 +162,14 @@ class Step(NamedTuple):
         tickets: to be sent.
         ticket_age_ms: since the ticket that the step took up was reserved; -1 if it was given up before,
             None without one.
+        recordings: ids of those that are to know of what was taken; see `Store.watch`.
     """
 
     taken: list[Taken]
     stale: list[str]
     tickets: Tickets
     ticket_age_ms: int | None = None
+    recordings: tuple[str, ...] = ()
 
 
 class Ticket(NamedTuple):
@@ -286,11 +291,18 @@ class Store:
         found = self.link.call("HGET", self._meta, META["generation"])
         return found == self.generation.encode() or self._adopt()
 
-    def check_generation(self) -> None:
-        """Raise NamespaceResetError if the namespace is not the one that was joined. A plain read."""
-        found = self.link.call("HGET", self._meta, META["generation"])
+    def check_generation(self) -> bool:
+        """Return whether somebody looks at the memory of nodes; see `watch`. A plain read.
+
+        Raises:
+            NamespaceResetError: the namespace is not the one that was joined.
+        """
+        found, is_watched = self.link.batch(
+            [("HGET", self._meta, META["generation"]), ("EXISTS", self.keys.fixed("watchers"))]
+        )
         if found is None or birth_of(found.decode()) != birth_of(self.generation):
             raise NamespaceResetError("check", "the namespace is not the one joined")
+        return bool(is_watched)
 
     def restart(self, reason: str) -> None:
         """Give up all that the namespace holds, and join its next life.
@@ -577,6 +589,7 @@ class Store:
         failed: Sequence[Failed] = (),
         back: Sequence[tuple[str, str]] = (),
         missing: Sequence[Missing] = (),
+        lines: Sequence[tuple[str, bytes]] = (),
         pace_ms: float | None = None,
         counts: Mapping[str, int] | None = None,
         before: Sequence[Command] = (),
@@ -595,6 +608,7 @@ class Store:
             failed: failures.
             back: tasks handed back, as key and attempt.
             missing: attempts whose inputs were not there.
+            lines: recordings, and what each is to know of what ran.
             pace_ms: how long a task takes on this node, on average; None where nothing is new.
             counts: what is added to the namespace's, by field (counts.py); lost if the reply is.
             before: plain commands to send ahead.
@@ -603,6 +617,7 @@ class Store:
         args: list[Any] = [slot, node, _ms(s.node_lease), ticket, mode, want, s.notice_limit]
         args += (len(done), len(failed), len(back), len(missing), "" if pace_ms is None else pace_ms)
         args.append(" ".join(f"{name} {n}" for name, n in counts.items()) if counts else "")
+        args.append(len(lines))
         for key, attempt, nbytes, type_name, kind, data, contains in done:
             args += (key, attempt, nbytes, type_name, kind, data, "\n".join(contains) if contains else "")
         for f in failed:
@@ -613,9 +628,15 @@ class Store:
             args += (m.key, m.attempt, len(m.lost))
             for copy in m.lost:
                 args += copy
-        taken, stale, tickets, age = self._graph("step", *args, before=before, repeat=_repeat_step)
+        for line in lines:
+            args += line
+        taken, stale, tickets, age, *more = self._graph("step", *args, before=before, repeat=_repeat_step)
         return Step(
-            [_taken(t) for t in taken], _texts(stale), _tickets(tickets), None if age == b"" else int(age)
+            [_taken(t) for t in taken],
+            _texts(stale),
+            _tickets(tickets),
+            None if age == b"" else int(age),
+            tuple(_texts(more[0])) if more else (),
         )
 
     def heartbeat(self, node: str, *, queue: str = "", **news: Any) -> list[str]:
@@ -749,6 +770,37 @@ class Store:
         """Err up to `most` tasks under `constraint` that no live node may run; returns how many stay."""
         left, tickets = self._graph("refuse", constraint, error, fence, most)
         return left, _tickets(tickets)
+
+    # --- those who look ---
+
+    def watch(self, watcher: str, *, records: bool) -> bool:
+        """Have nodes tell of their memory often, and slots of what they run, for `WATCH_S` from now on.
+
+        Args:
+            watcher: an id of the caller's own, never given twice.
+            records: also what runs; read it with `read_lines`.
+
+        Returns:
+            whether it was so already; if not, what ran before is not known.
+        """
+        return bool(self._run("watch", watcher, _ms(WATCH_S), int(records)))
+
+    def end_watch(self, watcher: str) -> None:
+        """End what `watch` began; what was not read is gone."""
+        self._run("watch", watcher, 0, 0)
+
+    def read_lines(self, watcher: str, after: str, *, most: int = 500) -> tuple[list[bytes], str]:
+        """Return what slots wrote for a recording, and the id to go on after; drops what was read before."""
+        stream = self.keys.of("lines", watcher)
+        commands: list[Command] = [("XREAD", "COUNT", most, "STREAMS", stream, after)]
+        if after != "0":
+            ms, _, seq = after.partition("-")
+            commands.insert(0, ("XTRIM", stream, "MINID", f"{ms}-{int(seq) + 1}"))
+        reply = self.link.batch(commands)[-1]
+        if not reply:
+            return [], after
+        entries = reply[0][1]
+        return [fields[1] for _, fields in entries if fields[1]], entries[-1][0].decode()
 
     # --- coordinator ---
 

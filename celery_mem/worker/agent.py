@@ -44,6 +44,8 @@ EXIT_S = 1.0
 """How long a worker may take to see how one of its pool children ended."""
 MANY_EXITS = 100
 RETRY_S = 1.0
+WATCHED_S = 0.5
+"""How often a node tells of its memory while somebody looks at it."""
 
 
 class Agent:
@@ -79,6 +81,7 @@ class Agent:
         self._gone_since: dict[str, float] = {}  # slot whose process is gone, nobody said how yet
         self._due = 0.0
         self._is_known = False
+        self._is_watched = False
         self._rejoined = store.n_rejoined
 
     def renew(self) -> None:
@@ -162,7 +165,7 @@ class Agent:
         while True:
             try:
                 now = time.monotonic()
-                self.store.check_generation()
+                self._is_watched = self.store.check_generation()
                 if self._is_leaving and self._sign_off():
                     return
                 self._renew_when_due()
@@ -188,9 +191,10 @@ class Agent:
 
     def _renew_when_due(self) -> None:
         now = time.monotonic()
-        if now >= self._due:
+        pause = max(TICK_S, self.store.settings.node_lease / 4)
+        if now >= self._due or (self._is_watched and now >= self._due - pause + WATCHED_S):
             self.renew()
-            self._due = now + max(TICK_S, self.store.settings.node_lease / 4)
+            self._due = now + pause
 
     def _runs(self, slot: str) -> bool:
         process = process_of(slot)

@@ -7,13 +7,15 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
+from celery_mem.profiling.lines import Line
 from celery_mem.state.store import Done, Failed, Missing, Taken
 
 
 class Reports(NamedTuple):
     """What Redis is to be told: completions, failures, tasks handed back, and those that lack inputs.
 
-    `kept` are results with futures inside, which pin those until Redis knows that the results do.
+    `kept` are results with futures inside, which pin those until Redis knows that the results do. `lines` are
+    for recordings.
     """
 
     done: list[Done]
@@ -21,6 +23,7 @@ class Reports(NamedTuple):
     back: list[Taken]
     missing: list[Missing]
     kept: list[Any]
+    lines: list[Line]
 
 
 class Batch:
@@ -33,7 +36,7 @@ class Batch:
         self._waiting: deque[Taken] = deque()
         self._running: dict[str, Taken] = {}  # by attempt; one runs, the others wait for tasks
         self._since = 0.0  # when the last task began or ended
-        self._reports = Reports([], [], [], [], [])
+        self._reports = Reports([], [], [], [], [], [])
 
     def begin(self, taken: list[Taken]) -> None:
         """Take up tasks."""
@@ -52,7 +55,9 @@ class Batch:
             self._since = time.monotonic()
             return task
 
-    def add(self, task: Taken, outcome: Done | Failed | Missing, keep: Any = None) -> None:
+    def add(
+        self, task: Taken, outcome: Done | Failed | Missing, keep: Any = None, line: Line | None = None
+    ) -> None:
         """Record what came of a task; `keep` lives until the report is sent."""
         with self._lock:
             self._running.pop(task.attempt, None)
@@ -65,6 +70,8 @@ class Batch:
                 self._reports.failed.append(outcome)
             if keep is not None:
                 self._reports.kept.append(keep)
+            if line is not None:
+                self._reports.lines.append(line)
 
     def discard(self, attempt: str) -> bool:
         """Drop an attempt that has not begun and is void; returns whether it was here."""
@@ -112,6 +119,7 @@ class Batch:
             mine.back[:0] = reports.back
             mine.missing[:0] = reports.missing
             mine.kept[:0] = reports.kept
+            mine.lines[:0] = reports.lines
 
     @property
     def is_empty(self) -> bool:
@@ -124,6 +132,6 @@ class Batch:
 
     def _drain(self) -> Reports:
         reports = self._reports._replace(back=[*self._reports.back, *self._waiting])
-        self._reports = Reports([], [], [], [], [])
+        self._reports = Reports([], [], [], [], [], [])
         self._waiting.clear()
         return reports

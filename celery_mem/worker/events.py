@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from celery_mem.graph.calls import call
 from celery_mem.graph.errors import error_summary
 from celery_mem.worker.shown import name_in_display, short, shown_name
+from celery_mem.worker.watching import Watcher, is_cancelled
 
 if TYPE_CHECKING:
     from celery import Celery
 
-    from celery_mem.state.store import Taken
+    from celery_mem.state.store import Done, Failed, Missing, Taken
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -37,7 +38,7 @@ MOST = 10_000
 MOST_TRACEBACK = 8_000
 
 
-class Run:
+class Run(Watcher):
     """One attempt at a task, as others may see it."""
 
     def __init__(self, task: Taken, began: float) -> None:
@@ -65,28 +66,28 @@ class Run:
         self.end = "task-succeeded", time.time(), {"result": short(result), "runtime": seconds}
         self.cost_s += time.thread_time() - began
 
-    def goes_back(self) -> None:
-        """Note that the attempt came to nothing, and the task runs again, here or elsewhere."""
-        self.end = "task-retried", time.time(), {"exception": "it was broken off, and runs again"}
+    def raised(self, error: BaseException, data: bytes) -> None:
+        """Note that the task failed, or was stopped while it ran."""
+        if is_cancelled(error):
+            self.end = "task-revoked", time.time(), {"terminated": True, "signum": None, "expired": False}
+        else:
+            self.fails(data)
 
-    def cancelled(self) -> None:
-        """Note that the task was stopped while it ran, as nobody wants it any more."""
-        self.end = "task-revoked", time.time(), {"terminated": True, "signum": None, "expired": False}
-
-    def raised(self, error: bytes) -> None:
-        """Note that the task failed.
-
-        Args:
-            error: as it travels. To ask the exception itself for its text once more may run code of users.
-        """
+    def fails(self, data: bytes) -> None:
+        """Note that the task failed, with the error as it travels."""
         began = time.thread_time()
-        name, message, text = error_summary(error)
+        name, message, text = error_summary(data)
         fields = {
             "exception": f"{name.rpartition('.')[2]}({short(message)})",
             "traceback": text[-MOST_TRACEBACK:],
         }
         self.end = "task-failed", time.time(), fields
         self.cost_s += time.thread_time() - began
+
+    def ends(self, outcome: Done | Failed | Missing | None) -> None:
+        """Note that the attempt came to nothing, if it did: the task runs again, here or elsewhere."""
+        if self.end is None:
+            self.end = "task-retried", time.time(), {"exception": "it was broken off, and runs again"}
 
 
 class TaskEvents:
@@ -125,7 +126,7 @@ class TaskEvents:
         if self._failures > 0:
             self._failures -= 1
             run = Run(task, time.time())
-            run.raised(error)
+            run.fails(error)
             self._note(run)
 
     def close(self) -> None:

@@ -37,16 +37,19 @@ from celery_mem.graph.tracing import context_of
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import MARK, Kind, seal_of
 from celery_mem.memory.serialize import dumps
+from celery_mem.profiling.lines import Line, Notebook
 from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
 from celery_mem.worker.events import Run, TaskEvents
 from celery_mem.worker.inputs import Inputs, InputsMissingError, NodeInputs, StoredInputs
-from celery_mem.worker.interrupts import CANCELLED, TIMEOUT, Interrupts
+from celery_mem.worker.interrupts import TIMEOUT, Interrupts
 from celery_mem.worker.lending import Lender, borrows
 from celery_mem.worker.memory import ProcessMemory, token_suffix
+from celery_mem.worker.noting import Note
 from celery_mem.worker.shown import name_in_display, shown_name
 from celery_mem.worker.standing_in import StandIn, going_on, stand_in_of_thread
-from celery_mem.worker.tracing import TaskSpan, begin_span
+from celery_mem.worker.tracing import begin_span
+from celery_mem.worker.watching import NOBODY, Audience, Watcher, is_cancelled
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -70,11 +73,13 @@ class Report(NamedTuple):
         outcome: its completion, its failure, or which of its inputs were not there.
         seconds: how long the call took.
         keep: the result, if futures are inside: until Redis has the report, only this object pins them.
+        line: for recordings, if there are any.
     """
 
     outcome: Done | Failed | Missing
     seconds: float
     keep: Any
+    line: Line | None = None
 
 
 class TaskRunner:
@@ -87,6 +92,7 @@ class TaskRunner:
         slot: its name.
         interrupts: told of each call; None where tasks cannot be ended.
         events: shows tasks to others; None if nobody is to see them.
+        notebook: says whether somebody records what runs.
     """
 
     def __init__(
@@ -98,7 +104,9 @@ class TaskRunner:
         slot: str = "",
         interrupts: Interrupts | None = None,
         events: TaskEvents | None = None,
+        notebook: Notebook | None = None,
     ) -> None:
+        self.notebook = notebook or Notebook()
         self.store = store
         self.slot = slot
         self._node = slot.rpartition("|")[0]
@@ -120,30 +128,28 @@ class TaskRunner:
         """
         started = time.perf_counter()
         outcome: Done | Failed | Missing | None = None
-        keep = span = None
+        keep = None
         shown = None if self.events is None else self.events.begin(task)
+        note = Note(task) if self.notebook.is_open else None
+        audience = NOBODY if shown is None and note is None else Audience(shown, note)
         try:
             context, payload = self._payload(task)
             if context:
-                span = begin_span(
-                    self.settings.tracing, context, task, node=self._node, namespace=self.settings.namespace
-                )
+                audience = Audience(*audience.watchers, self._begin_span(task, context))
             func = self._function(task)
             started = time.perf_counter()
             call = self._prepare(task, func, payload, self.lender.may(task, func))
             del payload
-            if shown is not None:
-                shown.calls(func, call.args, call.kwargs)
+            audience.calls(func, call.args, call.kwargs)
             try:
-                result = self._result(task, call, span)
+                result = self._result(task, call)
             except RedisUnavailableError as error:  # of a Redis that the task itself uses
-                outcome = self._failure(task, error, shown, span)
+                outcome = self._failure(task, error, audience)
             except TaskInterrupt as error:
-                outcome = self._failure(task, self._named(task, call.timeout, error), shown, span)
+                outcome = self._failure(task, self._named(task, call.timeout, error), audience)
             else:
                 del call  # an input may be part of the result, which is to be nobody else's
-                if shown is not None:
-                    shown.returned(result[-1], time.perf_counter() - started)
+                audience.returned(result[-1], time.perf_counter() - started)
                 outcome, keep = self._store_result(task, result)
         except InputsMissingError as error:
             outcome = Missing(task.key, task.attempt, error.lost)
@@ -152,27 +158,27 @@ class TaskRunner:
         except SystemExit as error:
             if _is_by_signal(error):
                 raise WorkerTerminate(error.code) from error
-            outcome = self._failure(task, error, shown, span)
+            outcome = self._failure(task, error, audience)
         except BaseException as error:
-            outcome = self._failure(task, error, shown, span)
+            outcome = self._failure(task, error, audience)
         finally:
-            _end(shown, span, is_done=isinstance(outcome, Done))
-        return Report(outcome, time.perf_counter() - started, keep)
+            audience.ends(outcome)
+        return Report(outcome, time.perf_counter() - started, keep, None if note is None else note.line)
 
-    def _result(self, task: Taken, call: _Call, span: TaskSpan | None) -> list[Any]:
+    def _result(self, task: Taken, call: _Call) -> list[Any]:
         """Make a call; returns the pickled result or None, and the result."""
         if call.lent:
-            result = self._call_on_loan(task, call, span)
+            result = self._call_on_loan(task, call)
             if result is not None:
                 return result
             self.lender.refuse(task)
             call = self._prepare(task, call.func, self._payload(task)[1], may_lend=False)
-        return [None, self._call(task, call, span)]
+        return [None, self._call(task, call)]
 
-    def _call_on_loan(self, task: Taken, call: _Call, span: TaskSpan | None) -> list[Any] | None:
+    def _call_on_loan(self, task: Taken, call: _Call) -> list[Any] | None:
         """Make a call whose inputs are lent, as `_result`; None if it must have inputs of its own."""
         try:
-            result = self._call(task, call, span)
+            result = self._call(task, call)
             frames = dumps(result, f"the result of {task.key}")
             if not borrows(frames.buffers, call.lent):
                 return [frames, result]
@@ -183,19 +189,14 @@ class TaskRunner:
             log.debug("%s is called again, with inputs of its own: %s", task.key, error)
         return None
 
-    def _call(self, task: Taken, call: _Call, span: TaskSpan | None) -> Any:
-        if self.interrupts is None and span is None:
+    def _call(self, task: Taken, call: _Call) -> Any:
+        if self.interrupts is None:
             return call_task(call.func, call.args, call.kwargs)
-        token = None if span is None else span.enter(call.func)
         try:
-            if self.interrupts is not None:
-                self.interrupts.enter(task, self.slot, call.timeout)
+            self.interrupts.enter(task, self.slot, call.timeout)
             return call_task(call.func, call.args, call.kwargs)
         finally:
-            if self.interrupts is not None:
-                self.interrupts.leave(task)
-            if span is not None:
-                span.leave(token)
+            self.interrupts.leave(task)
 
     def _named(self, task: Taken, timeout: float | None, error: TaskInterrupt) -> BaseException:
         """Return the error of a task that was ended; nobody will hear of one that was cancelled."""
@@ -205,10 +206,8 @@ class TaskRunner:
         named.__cause__, named.__traceback__ = error, error.__traceback__
         return named
 
-    def _failure(self, task: Taken, error: BaseException, shown: Run | None, span: TaskSpan | None) -> Failed:
+    def _failure(self, task: Taken, error: BaseException, audience: Audience) -> Failed:
         """Report a task that raised, whatever the class of the exception does when it is looked at."""
-        if span is not None:
-            span.raised(error)
         try:
             may_retry, data = self._described(task, error)
         except Exception as why:
@@ -216,12 +215,12 @@ class TaskRunner:
             log.warning("%s raised %s, which cannot be reported: %s", task.key, name, message_of(why))
             stand_in = CeleryMemError(f"task {task.key} raised an exception that cannot be examined: {name}")
             may_retry, data = True, encode_error(stand_in, key=task.key)
-        is_cancelled = type(error) is TaskInterrupt and error.reason == CANCELLED
-        if shown is not None and is_cancelled:
-            shown.cancelled()
-        elif shown is not None:
-            shown.raised(data)
-        elif self.events is not None and not is_cancelled:
+        audience.raised(error, data)
+        if (
+            self.events is not None
+            and not is_cancelled(error)
+            and not any(type(w) is Run for w in audience.watchers)
+        ):
             self.events.failed(task, data)
         return Failed(task.key, task.attempt, self.seal.close(Kind.ERROR, "", data), may_retry)
 
@@ -264,6 +263,10 @@ class TaskRunner:
                 self._functions.clear()  # a bound, not a policy: they are fetched again
             self._functions[name] = func
         return func
+
+    def _begin_span(self, task: Taken, context: bytes) -> Watcher | None:
+        s = self.settings
+        return begin_span(s.tracing, context, task, node=self._node, namespace=s.namespace)
 
     def _prepare(self, task: Taken, func: Callable[..., Any], payload: bytes, may_lend: bool) -> _Call:
         """Fetch the arguments of a call.
@@ -352,14 +355,6 @@ class TaskRunner:
                     ) from error
             time.sleep(delay)  # frees work while Redis is full; wait for them
             delay = min(delay * 2, 2.0)
-
-
-def _end(shown: Run | None, span: TaskSpan | None, *, is_done: bool) -> None:
-    """Tell those who watch that an attempt is over."""
-    if shown is not None and shown.end is None:
-        shown.goes_back()
-    if span is not None:
-        span.end(is_done=is_done)
 
 
 def call_task(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from celery_mem.config import Settings
 from celery_mem.errors import NamespaceResetError
 from celery_mem.graph.inside import Wait
 from celery_mem.memory.trimming import give_back
+from celery_mem.profiling.lines import Notebook
 from celery_mem.state.counts import STEP, Tally
 from celery_mem.state.keys import TASK
 from celery_mem.state.letters import save_copy
@@ -81,8 +82,15 @@ class Slot:
         self.store = Store.connect(settings)
         self.memory = memory
         self.interrupts = interrupts
+        self.notebook = Notebook()
         self.runner = TaskRunner(
-            self.store, settings, memory, slot=name, interrupts=interrupts, events=events
+            self.store,
+            settings,
+            memory,
+            slot=name,
+            interrupts=interrupts,
+            events=events,
+            notebook=self.notebook,
         )
         self.seconds_per_task = settings.batch_target
         self.bytes_per_task = 0.0
@@ -206,6 +214,7 @@ class Slot:
                 failed=reports.failed,
                 back=[(task.key, task.attempt) for task in reports.back],
                 missing=reports.missing,
+                lines=self.notebook.pages(self.name, reports.lines) if reports.lines else (),
                 pace_ms=None if pace_s is None else pace_s * 1000,
                 counts=counts,
             )
@@ -219,6 +228,10 @@ class Slot:
             self._tally.note_ticket(step.ticket_age_ms)
         if want > 0:
             self._confirmed = self.store.n_rejoined  # with "r" from the start, or since it was repeated
+        if reports.lines:
+            self.notebook.count(len(reports.lines))
+        if step.taken:
+            self.notebook.turn_to(step.recordings)  # of these tasks; what waited goes back with each step
         if pace_s is not None:
             self._told_pace_s = pace_s
         if step.stale:
@@ -298,7 +311,7 @@ class Slot:
                 driver.task = None
                 if live is not None:
                     live.end()
-            batch.add(task, report.outcome, report.keep)
+            batch.add(task, report.outcome, report.keep, report.line)
             self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
             nbytes = report.outcome.nbytes if isinstance(report.outcome, Done) else 0
             # Slowly down: what reduces large results has small ones.

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from celery_mem.errors import TaskInterrupt
 from celery_mem.graph.calls import call
-from celery_mem.graph.errors import message_of
+from celery_mem.graph.errors import error_summary
 from celery_mem.graph.tracing import OFF, tracer
+from celery_mem.state.store import Done, Failed, Missing, Taken
 from celery_mem.worker.interrupts import CANCELLED
 from celery_mem.worker.shown import name_in_display, shown_name
-
-if TYPE_CHECKING:
-    from celery_mem.state.store import Taken
+from celery_mem.worker.watching import Watcher, is_cancelled
 
 log = logging.getLogger("celery_mem.worker")
 
@@ -23,7 +21,7 @@ SUCCEEDED, FAILED, AGAIN = "succeeded", "failed", "again"
 """Outcomes; the last one of an attempt that came to nothing: the task runs again, here or elsewhere."""
 
 
-class TaskSpan:
+class TaskSpan(Watcher):
     """The span of one attempt, a child of the one that was current when the task was submitted."""
 
     def __init__(self, context: bytes, task: Taken, attributes: dict[str, str]) -> None:
@@ -31,6 +29,7 @@ class TaskSpan:
 
         self._key = task.key
         self._outcome = AGAIN
+        self._before: Any = None
         self._span = tracer().start_span(
             name_in_display(task.key, ""),
             context=propagate.extract(json.loads(context)),
@@ -38,38 +37,36 @@ class TaskSpan:
             attributes={"celery_mem.key": task.key, "celery_mem.attempt": int(task.attempt), **attributes},
         )
 
-    def enter(self, func: Callable[..., Any]) -> Any:
-        """Name it after its function, and make it the current span; returns what `leave` takes."""
+    def calls(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Name it after its function, and make it the current span."""
         from opentelemetry import context, trace
 
         name = name_in_display(self._key, "" if func is call else shown_name(func))
         self._span.update_name(name)
         self._span.set_attribute("celery_mem.function", name)
-        return context.attach(trace.set_span_in_context(self._span))
+        self._before = context.attach(trace.set_span_in_context(self._span))
 
-    def leave(self, token: Any) -> None:
-        """Make the span current that was so before."""
-        from opentelemetry import context
-
-        context.detach(token)
-
-    def raised(self, error: BaseException) -> None:
+    def raised(self, error: BaseException, data: bytes) -> None:
         """Note that the task failed, or was cancelled, whatever the exception does when it is looked at."""
         from opentelemetry.trace import Status, StatusCode
 
-        self._outcome = FAILED
-        self._span.set_status(Status(StatusCode.ERROR))
+        self._outcome = CANCELLED if is_cancelled(error) else FAILED
+        name, message, _ = error_summary(data)
+        self._span.set_status(Status(StatusCode.ERROR, f"{name.rpartition('.')[2]}: {message}"))
         try:
-            if isinstance(error, TaskInterrupt) and error.reason == CANCELLED:
-                self._outcome = CANCELLED
-            self._span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {message_of(error)}"))
             self._span.record_exception(error)
         except Exception:
             log.debug("the exception of %s cannot be recorded", self._key)
 
-    def end(self, *, is_done: bool) -> None:
-        """End it. What neither is done nor raised runs again."""
-        self._span.set_attribute("celery_mem.outcome", SUCCEEDED if is_done else self._outcome)
+    def ends(self, outcome: Done | Failed | Missing | None) -> None:
+        """End it, and make the span current that was so before."""
+        from opentelemetry import context
+
+        if self._before is not None:
+            context.detach(self._before)
+        self._span.set_attribute(
+            "celery_mem.outcome", SUCCEEDED if isinstance(outcome, Done) else self._outcome
+        )
         self._span.end()
 
 

@@ -94,12 +94,13 @@ def connect(deployment: Deployment, role: str) -> Redis:
 
 
 def test_every_role_does_its_work(deployment: Deployment) -> None:
-    with Client(deployment.url("client"), set_as_default=False) as client:
+    with Client(deployment.url("client"), set_as_default=False) as client, client.record() as recording:
         total = client.submit(sum, client.map(pow, range(50), [2] * 50))
         wait_until(total.done, f"a job: {deployment.log.read_text()[-3000:]}")
         assert total.result() == sum(n * n for n in range(50))
         large = client.submit(bytes, 300_000)
         assert len(large.result(timeout=30)) == 300_000
+        assert len(recording.stop()) == 52
         shown = subprocess.run(
             [sys.executable, "-m", "celery_mem.cli", "status", "--json", "--url", deployment.url("monitor")],
             env=os.environ | {"PYTHONPATH": str(ROOT)},

@@ -137,6 +137,30 @@ def test_a_node_that_was_given_up_in_error_announces_itself_again(space: Space, 
     assert field == b"2"
 
 
+def test_a_node_that_is_watched_tells_of_its_memory_more_often(
+    space: Space, agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, told = 1_000.0, []
+    monkeypatch.setattr("celery_mem.worker.agent.time.monotonic", lambda: clock)
+    monkeypatch.setattr(agent, "renew", lambda: told.append(clock))
+
+    def told_in(seconds: float) -> int:
+        nonlocal clock
+        before, end = len(told), clock + seconds
+        while clock < end:
+            agent._is_watched = space.store.check_generation()
+            agent._renew_when_due()
+            clock += 0.25
+        return len(told) - before
+
+    pause = space.settings.node_lease / 4
+    assert told_in(4 * pause) == 4
+    space.store.watch("somebody", records=False)
+    assert told_in(10) == 20
+    space.store.end_watch("somebody")
+    assert told_in(4 * pause) <= 5
+
+
 def test_the_agent_signs_the_node_off_when_the_last_of_its_slots_has_ended(
     space: Space, agent: Agent, sleeper: subprocess.Popen[bytes]
 ) -> None:

@@ -19,14 +19,17 @@
 --                                     that were looked for in vain, dependency, token and place of each
 --            16 pace            num   ms that a task takes on this node; empty where nothing is new
 --            17 counts          str   what the slot counted, "name number name number ..."; empty mostly
---            18 ...             the completions, the failures, the tasks handed back, those without inputs
+--            18 lines           int   number of recordings that are to know what ran: id, the packed lines of it
+--            19 ...             the completions, the failures, the tasks handed back, those without inputs, the lines
 -- RETURNS     {taken, stale keys, tickets to send, age of the ticket that this call takes up in ms, -1 if it was given
---             up before, empty without one}; taken is a list of {key, attempt, function hash, payload or nothing,
+--             up before, empty without one, ids of recordings that want lines of what was taken}, the last only if
+--             there are any; taken is a list of {key, attempt, function hash, payload or nothing,
 --             payload blob token or '', {dep, kind v|r|-, value or replicas, ...}}
 -- ERRORS      none of its own: a late or repeated report is named in `stale` or passed over
 -- INVARIANTS  a report counts only under the current attempt; a blob that vanished before its commit is not adopted,
 --             nor is a copy on a node that is not alive: the task is ready again; what is taken has its inputs in
---             memory; a slot takes at most its fair share; tasks on one node never use more resources than it has
+--             memory; a slot takes at most its fair share; tasks on one node never use more resources than it has; who is
+--             told of a completion finds its line, in a stream that is bounded and never made here
 -- COST        O(R log Q + E): R tasks reported or taken, Q ready ones, E edges of those
 local slot, node, lease, ticket, mode = ARGV[5], ARGV[6], tonumber(ARGV[7]), ARGV[8], ARGV[9]
 local want, notice_limit = tonumber(ARGV[10]), tonumber(ARGV[11])
@@ -70,7 +73,7 @@ local function is_there(kind, token, key)
   return kind == 'v' or node_of(node)
 end
 
-local a = 18
+local a = 19
 for _ = 1, tonumber(ARGV[12]) do
   local key, kind, data = ARGV[a], ARGV[a + 4], ARGV[a + 5]
   local r = current(key, ARGV[a + 1])
@@ -119,6 +122,11 @@ for _ = 1, tonumber(ARGV[15]) do
     requeue(r)
   end
   a = a + 3 + 3 * n
+end
+for _ = 1, tonumber(ARGV[18]) do
+  local most = #ARGV[a + 1] > 2048 and 500 or 2000      -- so that it never takes more than some 10 MB
+  redis.call('XADD', P .. K.lines .. ARGV[a], 'NOMKSTREAM', 'MAXLEN', '~', most, '*', 'l', ARGV[a + 1])
+  a = a + 2
 end
 if ARGV[16] ~= '' and node_of(node) then redis.call('HSET', P .. K.node .. node, N.pace, ARGV[16]) end
 run_settle()
@@ -200,4 +208,7 @@ if added_shared > #keys or goes then
 end
 if goes then add_waiting_here(node) elseif has_room then add_waiting_here(node, true) end
 call_for_placed(ticket_lease, tickets)
+if #keys > 0 and redis.call('EXISTS', P .. K.recordings) == 1 then
+  return {taken, stale, tickets, ticket_age, redis.call('ZRANGEBYSCORE', P .. K.recordings, now(), '+inf')}
+end
 return {taken, stale, tickets, ticket_age}
