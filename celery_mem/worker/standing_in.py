@@ -26,11 +26,14 @@ class StandIn:
 
     Args:
         driver: of the thread.
+
+    Attributes:
+        ticket: the Celery task that the thread runs; None if it helps another.
     """
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
-        self._ticket = _task_stack.top
+        self.ticket = _task_stack.top
 
     @property
     def name(self) -> str:
@@ -44,8 +47,8 @@ class StandIn:
         slot, task = self._driver.slot, self._driver.task
         if task is not None:
             return Context(id=task.key, root_id=task.key, hostname=slot.node, called_directly=True)
-        if self._ticket is not None:
-            return self._ticket.request
+        if self.ticket is not None:
+            return self.ticket.request
         return Context(id=slot.name, hostname=slot.node, called_directly=True)
 
     def __getattr__(self, name: str) -> Any:

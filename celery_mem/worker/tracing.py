@@ -13,6 +13,7 @@ from celery_mem.graph.tracing import OFF, tracer
 from celery_mem.state.store import Done, Failed, Missing, Taken
 from celery_mem.worker.interrupts import CANCELLED
 from celery_mem.worker.shown import name_in_display, shown_name
+from celery_mem.worker.standing_in import stand_in_of_thread
 from celery_mem.worker.watching import Watcher, is_cancelled
 
 log = logging.getLogger("celery_mem.worker")
@@ -93,8 +94,6 @@ def begin_span(mode: str, context: bytes, task: Taken, *, node: str, namespace: 
 
 def _queue_of_ticket() -> str:
     """Return the Celery queue of the ticket that this thread runs; empty in a thread that helps another."""
-    from celery._state import get_current_task
-
-    ticket = get_current_task()
-    about = None if ticket is None else ticket.request.delivery_info
+    stand_in = stand_in_of_thread()
+    about = None if stand_in is None or stand_in.ticket is None else stand_in.ticket.request.delivery_info
     return str((about or {}).get("routing_key") or "")

@@ -63,7 +63,7 @@ def test_a_sample_is_as_large_as_its_share_of_the_time(app: Celery, messages: li
         events.failed(task(f"bad-{n}"), encode_error(ValueError("no")))
     for run in shown[:3]:
         assert run is not None
-        run.goes_back()
+        run.ends(None)
     events.close()
 
     [(batch, _)] = messages

@@ -15,9 +15,10 @@ import pytest
 
 from celery_mem import Client, get_client
 from celery_mem.errors import TaskInterrupt
+from celery_mem.graph.errors import encode_error
 from celery_mem.graph.tracing import context_of, current_context
 from celery_mem.state.keys import TASK
-from celery_mem.state.store import Taken
+from celery_mem.state.store import Done, Taken
 from celery_mem.testing import InProcessCluster
 from celery_mem.worker.tracing import begin_span
 from tests.on_cluster import until
@@ -215,8 +216,8 @@ def test_a_span_tells_what_came_of_an_attempt_that_gave_no_result(
     span = begin_span("auto", context, Taken("k", "1", "f", b"", "", []), node="n", namespace="mem")
     assert span is not None
     if error is not None:
-        span.raised(error)
-    span.end(is_done=False)
+        span.raised(error, encode_error(error))
+    span.ends(None)
 
     found = spans()[-1]
     assert found.attributes["celery_mem.outcome"] == outcome
@@ -228,7 +229,7 @@ def test_a_context_that_is_none_costs_no_result(spans, context: bytes) -> None:
     task = Taken("k", "1", "f", b"", "", [])
     span = begin_span("auto", context, task, node="n", namespace="mem")
     if span is not None:
-        span.end(is_done=True)
+        span.ends(Done("k", "1", 1, "int", "v", b""))
 
 
 def test_what_a_task_submits_is_below_its_span(spans) -> None:
