@@ -110,7 +110,8 @@ flush_holds(client)
 for _, r in ipairs(rerun) do
   local blamed = false
   for _, name in ipairs(dependents_of(r)) do
-    if load(name).state == 'erred' then blamed = true end
+    local d = load(name)
+    if d and d.state == 'erred' then blamed = true end
   end
   if r.state == 'erred' and not blamed then reset_errors({r.key}) end
 end

@@ -32,6 +32,7 @@ local function read_given(text)
   local found, n, at = {}, 0, 1
   while at <= #text do
     local place, nbytes, key, start = string.match(text, '^(%d+) (%d+) ([^\n]*)\n()', at)
+    if not place then break end      -- unreadable: the worker finds inputs lacking
     at = start + nbytes
     found[numbers[place]] = {key = key, value = string.sub(text, start, at - 1)}
     n = n + 1

@@ -67,7 +67,8 @@ end
 local function bytes_of_inputs(r)
   local bytes = {}
   for _, dep in ipairs(deps_of(r)) do
-    local copies = copies_of(load(dep))
+    local d = load(dep)
+    local copies = d and copies_of(d)
     local nbytes = copies and tonumber(copies.nbytes) or 0
     for _, place in ipairs(nbytes > 0 and copies.places or {}) do
       if place ~= REDIS and takes_tasks(place) then bytes[place] = (bytes[place] or 0) + nbytes end
