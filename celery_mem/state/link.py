@@ -224,7 +224,8 @@ class Link:
         try:
             flight.reply = conn.read_response()
         except ResponseError as error:
-            flight.reply = error
+            # With its traceback the flight would hold our frames and our callers', and what they hold, until a gc.
+            flight.reply = error.with_traceback(None)
         except BaseException:
             self.close()
             raise
