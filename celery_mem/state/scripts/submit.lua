@@ -41,14 +41,14 @@ while at <= #ARGV do
     deps = {}
     for i = 1, n_deps do deps[i] = ARGV[at + 10 + i] end   -- not unpack: it has no room for thousands
     for _, dep in ipairs(deps) do
-      if not in_chunk[dep] and not load_input(dep) then
+      if not in_chunk[dep] and not find_input(dep) then
         return redis.error_reply('UNKNOWN_DEPENDENCY ' .. dep .. ' of ' .. key)
       end
     end
   end
   in_chunk[key] = true
-  names[#names + 1] = P .. K.task .. key
-  tasks[#tasks + 1] = {at = at, key = key, deps = deps, standing = false}
+  local n, name = #tasks + 1, P .. K.task .. key
+  names[n], tasks[n] = name, {at = at, key = key, name = name, deps = deps, standing = false}
   at = at + 11 + n_deps
 end
 
@@ -64,15 +64,14 @@ for _, task in ipairs(tasks) do
   local r = records[key] or n_known > 0 and load(key)
   local known = r
   if not r then
-    local fn, blob = ARGV[a + 1], ARGV[a + 3]
-    r = {key = key, name = P .. K.task .. key, state = 'released', needed = 0, waiting = 0, attempt = '',
-      flags = '', holders = '', recipe = string.format('%s%06x %s %s', generation, ARGV[a + 5], ARGV[a + 4], fn)}
+    local fn, blob, priority, rank = ARGV[a + 1], ARGV[a + 3], ARGV[a + 4], string.format('%s%06x', generation, ARGV[a + 5])
+    r = {key = key, name = task.name, state = 'released', needed = 0, waiting = 0, attempt = '', flags = '', holders = '',
+      recipe = rank .. ' ' .. priority .. ' ' .. fn, rank = rank, priority = priority, fn = fn}
     records[key] = r
     touch(r)
-    write_along(r, F.recipe, r.recipe)
-    if blob == '' then write_along(r, F.payload, ARGV[a + 2])
+    if blob == '' then write_both_along(r, F.recipe, r.recipe, F.payload, ARGV[a + 2])
     else
-      write_along(r, F.payload_blob, blob)
+      write_both_along(r, F.recipe, r.recipe, F.payload_blob, blob)
       add_flag(r, L.payload_blob)
     end
     count_function(fn, 1)

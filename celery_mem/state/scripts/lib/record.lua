@@ -83,16 +83,16 @@ local function load(key)
   return note_record(key, name, v[1], v[2], v[3])
 end
 
--- The same, and up to three further fields.
+-- The same, and up to two further fields.
 local function load_with(key, ...)
   local r = records[key]
   if r then
     local v = redis.call('HMGET', r.name, ...)
-    return r, v[1], v[2], v[3]
+    return r, v[1], v[2]
   end
   local name = P .. K.task .. key
   local v = redis.call('HMGET', name, F.core, F.recipe, F.deps, ...)
-  return note_record(key, name, v[1], v[2], v[3]), v[4], v[5], v[6]
+  return note_record(key, name, v[1], v[2], v[3]), v[4], v[5]
 end
 
 -- Fields to be written along with the core: field, value, field, value, ...
@@ -104,6 +104,15 @@ local function write_along(r, field, value)
   end
   local n = #along
   along[n + 1], along[n + 2] = field, value
+end
+
+-- The same of two, as most records have: a list that is made at once need not grow.
+local function write_both_along(r, field, value, other_field, other_value)
+  if not r.along then r.along = {field, value, other_field, other_value}
+  else
+    write_along(r, field, value)
+    write_along(r, other_field, other_value)
+  end
 end
 
 local function extra(r, field)

@@ -237,8 +237,11 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, p
   local was_active = ACTIVE[r.state]
   r.waiting = 0
   set_state(r, 'memory')
-  write_along(r, F.result, nbytes .. ' ' .. type_name)
-  if is_value then write_along(r, F.value, data) else begin_copies(r, data, maker, nbytes, place) end
+  if is_value then write_both_along(r, F.result, nbytes .. ' ' .. type_name, F.value, data)
+  else
+    write_along(r, F.result, nbytes .. ' ' .. type_name)
+    begin_copies(r, data, maker, nbytes, place)
+  end
   if contains ~= '' then
     redis.call('HSET', r.name, F.contains, contains)
     add_flag(r, L.contains)
