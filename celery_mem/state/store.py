@@ -488,6 +488,20 @@ class Store:
         """Drop holds; what nobody wants any more is freed in the same call."""
         return _tickets(self._graph("release", client, *keys))
 
+    def launch_release(self, client: str, keys: Sequence[str]) -> Callable[[], Tickets | None]:
+        """Do as `release` without waiting; what is returned waits for the reply, and returns the tickets.
+
+        It returns None if Redis refused, or may not have got it. It does not repeat the call by itself: by
+        then the client may hold some of the keys again.
+        """
+        flight = self.link.launch(load_script("release"), *self._head(), *self._limits(), client, *keys)
+
+        def land() -> Tickets | None:
+            reply = flight.wait()
+            return None if reply is None or isinstance(reply, ResponseError) else _tickets(reply)
+
+        return land
+
     def cancel(
         self, client: str, keys: Iterable[str], *, force: bool = False, reason: str = ""
     ) -> tuple[list[str], Tickets]:
