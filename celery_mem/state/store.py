@@ -422,14 +422,8 @@ class Store:
         generation: int | None,
     ) -> list[Any]:
         pairs = list(functions)
-        args: list[Any] = [
-            client,
-            "" if generation is None else generation,
-            self.settings.notice_limit,
-            len(pairs),
-        ]
-        for pair in pairs:
-            args += pair
+        kinds: dict[tuple[Any, ...], int] = {}
+        told: list[Any] = []
         for task in tasks:
             (
                 key,
@@ -446,10 +440,16 @@ class Store:
                 prefer,
             ) = task
             held = (own_epoch or epoch) if hold else ""
-            args += (key, function, payload, blob, priority, order, retries, held)
-            args += (constraint, prefer, len(deps))
-            args += deps
-        return args
+            kind = (function, priority, retries, held, constraint, prefer)
+            number = kinds.setdefault(kind, len(kinds) + 1)
+            told += (key, number, payload, blob, order, len(deps), *deps)
+        rank = "" if generation is None else generation
+        return [
+            *(client, rank, self.settings.notice_limit, len(pairs), len(kinds)),
+            *(part for pair in pairs for part in pair),
+            *(part for kind in kinds for part in kind),
+            *told,
+        ]
 
     def put(
         self, client: str, epoch: int, data: Iterable[NewData], *, before: Sequence[Command] = ()
