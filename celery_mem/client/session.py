@@ -42,8 +42,6 @@ from celery_mem.state.store import NewData, NewTask, Store, Tickets
 
 log = logging.getLogger("celery_mem.client")
 
-RELEASES_AT_ONCE = 5_000
-"""Releases that the keeper sends before other calls get their turn."""
 RECOVERIES = 5
 """Times that one call is begun anew since Redis lost track of the client."""
 SIGNED_FUNCTIONS = 1000
@@ -331,6 +329,11 @@ class Session:
         self.flush_outbox()
         self.send_tickets(self._guarded(lambda: self.store.release(self.id, texts)))
 
+    def launch_release(self, texts: Sequence[str]) -> Callable[[], Tickets | None]:
+        """Send a release that is not waited for, as `Store.launch_release` tells; else as `release`."""
+        self.flush_outbox()
+        return self.store.launch_release(self.id, texts)
+
     def forget(self, states: Iterable[KeyState], reason: str) -> None:
         """Give up states whose call failed, or whose keys are gone; their futures are cancelled."""
         with self.lock:
@@ -437,16 +440,7 @@ class Session:
         while not self.closed:
             self.releases.wait(max(0.0, due - time.monotonic()))
             try:
-                # A large submission may hold `order` for longer than the lease.
-                if self.order.acquire(timeout=max(0.0, due - time.monotonic())):
-                    try:
-                        if not self.closed:
-                            self.flush_outbox()
-                            self.releases.flush(RELEASES_AT_ONCE)
-                    finally:
-                        self.order.release()
-                else:
-                    self.releases.ring()
+                self._send_until(due)
                 if (time.monotonic() >= due or self._renews_soon) and not self.closed:
                     self._renews_soon = False
                     due = time.monotonic() + pause
@@ -461,6 +455,28 @@ class Session:
                 else:
                     log.exception("client %s could not release or renew", self.id)
                 time.sleep(0.2)
+
+    def _send_until(self, due: float) -> None:
+        """Send what waits and what was let go, until there is no more or the lease is due.
+
+        Others have their turn while a part of it is under way.
+        """
+        while not self.closed:
+            # A large submission may hold `order` for longer than the lease.
+            if not self.order.acquire(timeout=max(0.0, due - time.monotonic())):
+                break
+            try:
+                if self.closed:
+                    return
+                self.flush_outbox()
+                if not self.releases.launch():
+                    return
+            finally:
+                self.order.release()
+            self.releases.land()
+            if time.monotonic() >= due:
+                break
+        self.releases.ring()  # to go on
 
     def renew_soon(self) -> None:
         """Have the lease renewed at once."""

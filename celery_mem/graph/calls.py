@@ -22,16 +22,17 @@ from typing import Any, NamedTuple
 import cloudpickle
 
 from celery_mem.errors import DeserializationError, SerializationError, VersionMismatchError
-from celery_mem.memory.serialize import dumps, loads_inline
+from celery_mem.memory.serialize import SIMPLE, dumps, inline_simple, loads_inline
 
 CALL = b"c"
 NODE = b"d"
-"""First byte of a payload: a plain call, or one whose arguments may be Dask nodes."""
+PLACED = b"e"
+"""First byte of a payload: a plain call, one whose arguments may be Dask nodes, or one with a third part
+beside args and kwargs: for each of the args the number of the input that it is, -1 for none."""
 TIMED = b"t"
 """Before the first byte of a call with a time limit: this, and the seconds as a double."""
 
 _DOUBLE = struct.Struct("<d")
-_SIMPLE = frozenset({int, float, str, bytes, bool, type(None), complex})
 
 
 class Function(NamedTuple):
@@ -140,7 +141,7 @@ def _refers_to(func: Callable[..., Any]) -> list[Any] | None:
     names = func.__globals__
     values += [names[name] for name in _names_in(func.__code__) if name in names]
     for value in values:
-        if type(value) not in _SIMPLE and not isinstance(value, ModuleType) and value is not func:
+        if type(value) not in SIMPLE and not isinstance(value, ModuleType) and value is not func:
             return None
     return [func.__code__, *values]
 
@@ -224,11 +225,16 @@ def encode_call(
         future_type: what counts as a future.
         text_of_future: its key text; may refuse a future that does not belong here.
     """
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if type(value) not in _SIMPLE:
-            break
-    else:
-        return Payload(CALL + dumps((args, kwargs), "arguments").inline(), ())
+    index: dict[str, int] = {}
+
+    def place_of(value: Any) -> int | None:
+        if isinstance(value, future_type):
+            return index.setdefault(text_of_future(value), len(index))
+        return None
+
+    short = _encode_short(args, kwargs, place_of)
+    if short is not None:
+        return Payload(short, tuple(index))
     places: dict[str, Place] = {}
     marked = (
         tuple(_mark(a, places, future_type, text_of_future) for a in args),
@@ -238,18 +244,45 @@ def encode_call(
     return Payload(CALL + frames.inline(), (*places, *(k for k in frames.contains if k not in places)))
 
 
+def _encode_short(
+    args: Sequence[Any], kwargs: Mapping[str, Any], place_of: Callable[[Any], int | None]
+) -> bytes | None:
+    """Return the payload of a call whose arguments are simple, or inputs, as most are; None of another one.
+
+    Args:
+        place_of: number of the input that an argument is; None if it is none.
+    """
+    if kwargs and any(type(value) not in SIMPLE for value in kwargs.values()):
+        return None
+    simple, places, has_places = [], [], False
+    for value in args:
+        if type(value) in SIMPLE:
+            simple.append(value)
+            places.append(-1)
+            continue
+        place = place_of(value)
+        if place is None:
+            return None
+        simple.append(None)
+        places.append(place)
+        has_places = True
+    if not has_places:
+        return CALL + inline_simple((tuple(args), dict(kwargs)))
+    return PLACED + inline_simple((tuple(simple), dict(kwargs), tuple(places)))
+
+
 def _mark(
     value: Any, places: dict[str, Place], future_type: type, text_of_future: Callable[[Any], str]
 ) -> Any:
     """Return `value` with places for the futures in built-in containers; itself if there are none."""
     kind = type(value)
-    if kind in _SIMPLE:
+    if kind in SIMPLE:
         return value
     if isinstance(value, future_type):
         text = text_of_future(value)
         return places.setdefault(text, Place(len(places)))
     if kind in (list, tuple, set, frozenset):
-        if all(type(v) in _SIMPLE for v in value):
+        if all(type(v) in SIMPLE for v in value):
             return value
         parts = [_mark(v, places, future_type, text_of_future) for v in value]
         if all(a is b for a, b in zip(parts, value, strict=True)):
@@ -304,6 +337,13 @@ def encode_node(
         text_of_key: text form of a Dask key.
     """
     index = {text: i for i, text in enumerate(deps)}
+
+    def place_of(arg: Any) -> int | None:
+        return index[text_of_key(arg.key)] if isinstance(arg, ref_type) else None  # type: ignore[attr-defined]
+
+    short = _encode_short(args, kwargs, place_of)
+    if short is not None:
+        return Payload(short, tuple(deps))
     nested = False
     out = []
     for arg in args:
@@ -355,6 +395,10 @@ def decode_call(
         accepts: is shown the arguments before Dask's nodes among them are evaluated. None is returned where
             it does not accept them.
     """
+    if payload[:1] == PLACED:
+        simple, kwargs, places = loads_inline(payload[1:], "arguments")
+        args = tuple(values[n] if n >= 0 else a for a, n in zip(simple, places, strict=True))
+        return (args, kwargs) if accepts is None or accepts(args) else None
     outer, _inputs.values = _inputs.values, values
     try:
         args, kwargs = loads_inline(payload[1:], "arguments")
@@ -393,7 +437,7 @@ def token_of(func: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], t
 def _simplified(args: tuple[Any, ...], text_of_future: Any) -> tuple[Any, ...] | None:
     out = []
     for value in args:
-        if type(value) in _SIMPLE:
+        if type(value) in SIMPLE:
             out.append(value)
         elif getattr(type(value), "__celery_mem_future__", False):
             out.append((text_of_future(value),))

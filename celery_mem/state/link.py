@@ -114,10 +114,15 @@ class Flight:
 
     def land(self) -> Any:
         """Wait for the reply and return it; raises what `Link.run` does."""
-        self._link.await_flight(self)
-        if self.reply is None or isinstance(self.reply, ResponseError):
+        reply = self.wait()
+        if reply is None or isinstance(reply, ResponseError):
             # The connection broke, or Redis refused, for now or for good: the ordinary way deals with it.
             return self._link.run(self._script, *self._args)
+        return reply
+
+    def wait(self) -> Any:
+        """Wait for the reply and return it: an error if Redis refused, None if the connection broke."""
+        self._link.await_flight(self)
         return self.reply
 
 
@@ -224,7 +229,8 @@ class Link:
         try:
             flight.reply = conn.read_response()
         except ResponseError as error:
-            flight.reply = error
+            # With its traceback the flight would hold our callers' frames, and what is in them, until a gc.
+            flight.reply = error.with_traceback(None)
         except BaseException:
             self.close()
             raise

@@ -437,14 +437,8 @@ class Store:
         generation: int | None,
     ) -> list[Any]:
         pairs = list(functions)
-        args: list[Any] = [
-            client,
-            "" if generation is None else generation,
-            self.settings.notice_limit,
-            len(pairs),
-        ]
-        for pair in pairs:
-            args += pair
+        kinds: dict[tuple[Any, ...], int] = {}
+        told: list[Any] = []
         for task in tasks:
             (
                 key,
@@ -461,10 +455,16 @@ class Store:
                 prefer,
             ) = task
             held = (own_epoch or epoch) if hold else ""
-            args += (key, function, payload, blob, priority, order, retries, held)
-            args += (constraint, prefer, len(deps))
-            args += deps
-        return args
+            kind = (function, priority, retries, held, constraint, prefer)
+            number = kinds.setdefault(kind, len(kinds) + 1)
+            told += (key, number, payload, blob, order, len(deps), *deps)
+        rank = "" if generation is None else generation
+        return [
+            *(client, rank, self.settings.notice_limit, len(pairs), len(kinds)),
+            *(part for pair in pairs for part in pair),
+            *(part for kind in kinds for part in kind),
+            *told,
+        ]
 
     def put(
         self, client: str, epoch: int, data: Iterable[NewData], *, before: Sequence[Command] = ()
@@ -502,6 +502,20 @@ class Store:
     def release(self, client: str, keys: Iterable[str]) -> Tickets:
         """Drop holds; what nobody wants any more is freed in the same call."""
         return _tickets(self._graph("release", client, *keys))
+
+    def launch_release(self, client: str, keys: Sequence[str]) -> Callable[[], Tickets | None]:
+        """Do as `release` without waiting; what is returned waits for the reply, and returns the tickets.
+
+        It returns None if Redis refused, or may not have got it. It does not repeat the call by itself: by
+        then the client may hold some of the keys again.
+        """
+        flight = self.link.launch(load_script("release"), *self._head(), *self._limits(), client, *keys)
+
+        def land() -> Tickets | None:
+            reply = flight.wait()
+            return None if reply is None or isinstance(reply, ResponseError) else _tickets(reply)
+
+        return land
 
     def cancel(
         self, client: str, keys: Iterable[str], *, force: bool = False, reason: str = ""

@@ -318,12 +318,13 @@ class TaskRunner:
         """
         result, frames = box.pop(), box.pop()
         frames = self.seal.close_frames(task.key, frames or dumps(result, f"the result of {task.key}"))
-        type_name = type(result).__qualname__
+        type_name, nbytes = type(result).__qualname__, frames.nbytes
         keep = result if frames.contains else None
         del result
-        done = Done(task.key, task.attempt, frames.nbytes, type_name, "v", "", frames.contains)
-        if done.nbytes <= self.settings.inline_limit:
-            return done._replace(data=frames.inline()), keep
+        if nbytes <= self.settings.inline_limit:
+            data = frames.inline()
+            return Done(task.key, task.attempt, nbytes, type_name, "v", data, frames.contains), keep
+        done = Done(task.key, task.attempt, nbytes, type_name, "b", task.attempt, frames.contains)
         if self.memory is not None and self.memory.live.has_room:
             token = f"{task.attempt}{token_suffix(self.store.generation)}"
             self.memory.live.add(task.key, token, frames)
@@ -336,7 +337,7 @@ class TaskRunner:
             )
         )
         self.inputs.note(task.key, task.attempt, frames)
-        return done._replace(kind="b", data=task.attempt), keep
+        return done, keep
 
     def _write(self, commands: list[Command]) -> None:
         deadline = time.monotonic() + self.settings.retry_timeout

@@ -298,27 +298,32 @@ class Slot:
         self._may_trim = True
         if len(taken) > 1:
             self._watch()
-        while self._turns.pass_on(driver) and (task := batch.next()) is not None:
-            driver.task = task
+        if live is not None:
+            live.begin()
+        try:
+            while self._turns.pass_on(driver) and (task := batch.next()) is not None:
+                self._run_task(driver, task)
+                ran += 1
+        finally:
             if live is not None:
-                live.begin()
-            try:
-                report = self.runner.run(task)
-            except BaseException:
-                batch.give_up(task)
-                raise
-            finally:
-                driver.task = None
-                if live is not None:
-                    live.end()
-            batch.add(task, report.outcome, report.keep, report.line)
-            self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
-            nbytes = report.outcome.nbytes if isinstance(report.outcome, Done) else 0
-            # Slowly down: what reduces large results has small ones.
-            self.bytes_per_task = max(nbytes, 0.9 * self.bytes_per_task)
-            del report  # and with it the result, which the batch keeps for as long as it must
-            ran += 1
+                live.end()
         return ran
+
+    def _run_task(self, driver: Driver, task: Taken) -> None:
+        driver.task = task
+        try:
+            report = self.runner.run(task)
+        except BaseException:
+            self.batch.give_up(task)
+            raise
+        finally:
+            driver.task = None
+        outcome = report.outcome
+        self.batch.add(task, outcome, report.keep, report.line)
+        self.seconds_per_task += 0.3 * (max(report.seconds, 1e-6) - self.seconds_per_task)
+        nbytes = outcome.nbytes if isinstance(outcome, Done) else 0
+        # Slowly down: what reduces large results has small ones.
+        self.bytes_per_task = max(nbytes, 0.9 * self.bytes_per_task)
 
     # --- the watcher ---
 

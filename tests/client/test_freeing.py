@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -76,6 +78,47 @@ class TestDel:
         box.content.exception()
         del box
         gc.collect()
+        assert until(lambda: not task_keys(cluster))
+
+
+class TestARelease:
+    @pytest.fixture
+    def under_way(self, client, monkeypatch):
+        """Releases of the client are under way, not sent, until `answered` is set; then nobody knows them."""
+        launched, answered = threading.Event(), threading.Event()
+
+        def launch(client_id, keys):
+            launched.set()
+            return lambda: None if answered.wait(60) else []
+
+        monkeypatch.setattr(client.session.store, "launch_release", launch)
+        yield launched, answered
+        answered.set()
+
+    def test_that_is_under_way_keeps_nobody_waiting(self, client, under_way):
+        launched, answered = under_way
+        client.submit(inc, 1).exception()
+        assert launched.wait(60)
+        other = client.submit(inc, 2)
+        client.session.flush()
+        assert other.result() == 3
+        assert not answered.is_set()
+
+    def test_of_which_nobody_knows_is_made_before_its_key_means_something_else(self, client, under_way):
+        launched, answered = under_way
+        client.submit(inc, 1, key="again").exception()
+        assert launched.wait(60)
+        with ThreadPoolExecutor(1) as pool:
+            again = pool.submit(client.submit, inc, 10, key="again")
+            answered.set()
+            assert again.result(timeout=60).result() == 11
+
+    def test_that_redis_refuses_is_made_in_the_end(self, client, cluster):
+        future = client.submit(inc, 1)
+        future.exception()
+        with server(cluster) as r:
+            r.script_flush()
+        del future
         assert until(lambda: not task_keys(cluster))
 
 

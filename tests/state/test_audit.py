@@ -304,3 +304,29 @@ def test_every_kind_of_key_has_a_type():
 
 def attempt_of(store: Store, key: str) -> str:
     return read_core(store.link.call("HGET", store.keys.of("task", key), TASK["core"])).attempt
+
+
+def test_a_task_without_the_record_of_an_input_harms_no_other_task_of_its_call(graph):
+    store, records = graph, graph.keys.prefix + "t:"
+    (taken,) = store.step("slot", NODE, want=1).taken  # on the node itself: `near`, whose input is `copied`
+    tasks = [NewTask("lone", "f", b"call", deps=["running"]), NewTask("sound", "f", b"call", priority=9)]
+    store.submit("alice", 6, tasks, [("f", b"code")])
+    store.link.call("DEL", f"{records}copied", f"{records}running")
+    report = [Done(taken.key, taken.attempt, 1, "bytes", "v", b"1")]
+    step = store.step("slot", NODE, want=1, done=report)
+    assert ([t.key for t in step.taken], step.stale) == (["sound"], [])
+    assert store.retry(["lone"]) == []
+    store.hold("alice", 7, ["lone"])
+    store.cancel("alice", ["waits"])
+    store.release("alice", ["near"])
+    assert store.link.call("EXISTS", f"{records}near") == 0
+
+
+def test_a_lost_record_is_the_error_of_what_is_made_from_it(graph):
+    store = graph
+    (sound,) = store.step("slot", NODE, want=1).taken
+    store.link.call("DEL", store.keys.prefix + "t:copied")
+    store.step("slot", NODE, want=0, back=[(sound.key, sound.attempt)])
+    assert read_core(store.link.call("HGET", store.keys.of("task", "near"), TASK["core"])).state == "erred"
+    told = [fields for _, fields in store.link.call("XRANGE", store.keys.of("notices", "alice"), "-", "+")]
+    assert told[-1] == [b"near", b"5 lcopied\nits record in Redis is gone, or unreadable"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -50,6 +52,24 @@ def test_what_a_script_refuses_is_raised_when_it_lands_and_harms_no_other_call(s
     assert good()[0] == 2
     with pytest.raises(UnknownClientError):
         launch(store, "c", client="nobody")()
+
+
+def test_what_its_callers_have_in_hand_is_not_kept_alive_by_an_error(store):
+    class Thing:
+        pass
+
+    def call_with_a_thing():
+        thing = Thing()
+        with pytest.raises(UnknownDependencyError):
+            launch(store, "a", deps=("ghost",))()
+        return weakref.ref(thing)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert call_with_a_thing()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("when", ["before", "between"])

@@ -33,6 +33,10 @@ def note_and_add_one(seen: str, x: Any) -> int:
     return add_one(x)
 
 
+def own_function() -> Any:
+    return note_and_add_one
+
+
 def head_of(parts: Any) -> tuple[int, bool]:
     """The sum of the first part, and whether all are the task's own."""
     writable = all(part.flags.writeable for part in parts)
@@ -92,12 +96,14 @@ def test_what_writes_in_spite_of_its_library_has_inputs_of_its_own(
     assert len(loans.lent) == 2  # the first addition, and the sum: the second one is known by then
 
 
+@pytest.mark.parametrize("is_input", [False, True])
 def test_a_function_of_somebody_else_among_the_arguments_is_called_once(
-    space: Space, node: Node, loans: Loans
+    space: Space, node: Node, loans: Loans, is_input: bool
 ) -> None:
     calls.clear()
     x = space.submit(ones)
-    changed = space.submit(operator.call, note_and_add_one, "once", x)
+    func = space.submit(own_function) if is_input else note_and_add_one
+    changed = space.submit(operator.call, func, "once", x)
     total = space.submit(np.sum, x, dtype="u8")
     space.slot(node).run_ticket("1")
     assert changed.result(timeout=5) == 2 * N

@@ -24,14 +24,19 @@ end
 known_nodes[node] = false      -- nothing is to go there any more
 local index, queue = P .. K.node_keys .. node, home_queue(node)
 local keys = redis.call('SRANDMEMBER', index, most)
-for _, key in ipairs(keys) do lose_copy(key, copies_of(load(key)).token, node) end
+for _, key in ipairs(keys) do
+  local r = load(key)
+  local copies = r and copies_of(r)
+  if copies then lose_copy(key, copies.token, node) end
+  index_copy(node, key, false)      -- also where there is no such record
+end
 if #keys < most then
   for _, member in ipairs(redis.call('ZRANGE', queue, 0, most - #keys - 1)) do
     local r = load(string.sub(member, 18))
-    if r.state == 'ready' then
+    if r and r.state == 'ready' then
       dequeue(r)
       enqueue(r)
-    end
+    else redis.call('ZREM', queue, member) end
   end
 end
 local tickets = finish()

@@ -43,7 +43,8 @@ for a = 8, #ARGV, 7 do
     if was_gone then
       local taken_down = {}
       for _, name in ipairs(dependents_of(r)) do
-        if load(name).state == 'erred' then taken_down[#taken_down + 1] = name end
+        local d = load(name)
+        if d and d.state == 'erred' then taken_down[#taken_down + 1] = name end
       end
       reset_errors(taken_down)
     end

@@ -175,14 +175,15 @@ local owned = {}
 if #keys > 0 then
   local last = redis.call('HINCRBY', KEYS[1], M.attempts, #keys)
   for i, key in ipairs(keys) do
-    local r, payload, payload_blob, given_text = load_with(key, F.payload, F.payload_blob, F.given)
+    local r, payload, given_text = load_with(key, F.payload, F.given)
     if r then      -- else Redis evicted it, and its client makes it again
       if not again[key] then
         r.state, r.attempt = 'processing', string.format('%.0f', last - #keys + i)
         redis.call('HSET', r.name, F.core, core_of(r), F.owner, slot)
         owned[#owned + 1], owned[#owned + 2] = key, r.attempt
       end
-      taken[#taken + 1] = {key, r.attempt, function_of(r), payload or '', payload_blob or '', inputs_of(r, given_text)}
+      local blob = has_flag(r, L.payload_blob) and extra(r, F.payload_blob)
+      taken[#taken + 1] = {key, r.attempt, function_of(r), payload or '', blob or '', inputs_of(r, given_text)}
     end
   end
   for i = 1, #owned, 2000 do

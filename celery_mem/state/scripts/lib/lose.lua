@@ -3,6 +3,7 @@
 -- alone: it may have read the copy, and if not, its slot will find out and report it.
 local function wait_again(name, is_lost)
   local d = load(name)
+  if not d then return end
   if d.state == 'waiting' then d.waiting = d.waiting + 1
   elseif d.state == 'ready' then
     dequeue(d)

@@ -32,8 +32,10 @@ local function error_of(blame) return redis.call('HGET', P .. K.task .. blame, F
 local function error_notice(blame)
   local error = error_of(blame)
   if error ~= '' then return 'e', error end
-  local is_cut = has_flag(load(blame), L.durable)
-  return 'l', blame .. '\n' .. (is_cut and 'its durable copy is gone, for which its lineage was given up' or '')
+  local r, why = load(blame), ''
+  if not r then why = 'its record in Redis is gone, or unreadable'
+  elseif has_flag(r, L.durable) then why = 'its durable copy is gone, for which its lineage was given up' end
+  return 'l', blame .. '\n' .. why
 end
 
 -- Tell one client how a finished task stands, as when it takes a hold late.
@@ -43,7 +45,7 @@ local function note_standing(client, r, epoch, limit)
     local value = extra(r, F.value)
     if value and #value <= limit then note(client, r.key, epoch, 'm', value)
     else note(client, r.key, epoch, 'M') end
-  elseif r.state == 'erred' then note(client, r.key, epoch, error_notice(extra(r, F.blame)))
+  elseif r.state == 'erred' then note(client, r.key, epoch, error_notice(extra(r, F.blame) or r.key))
   elseif r.state == 'lost' then note(client, r.key, epoch, error_notice(r.key)) end
 end
 

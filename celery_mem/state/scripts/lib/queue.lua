@@ -29,7 +29,6 @@ end
 
 -- Queue and member of a ready task, as its record says.
 local function entry_of(r)
-  if r.flags == '' then return SHARED, rank_of(r) .. r.key end
   if has_flag(r, L.constraint) then return picky_queue(signature_of(r)), rank_of(r) .. r.key end
   local home = home_of(r)
   if home then return home_queue(string.sub(home, 2)), rank_of(r) .. string.sub(home, 1, 1) .. r.key end
@@ -67,7 +66,8 @@ end
 local function bytes_of_inputs(r)
   local bytes = {}
   for _, dep in ipairs(deps_of(r)) do
-    local copies = copies_of(load(dep))
+    local d = load(dep)
+    local copies = d and copies_of(d)
     local nbytes = copies and tonumber(copies.nbytes) or 0
     for _, place in ipairs(nbytes > 0 and copies.places or {}) do
       if place ~= REDIS and takes_tasks(place) then bytes[place] = (bytes[place] or 0) + nbytes end
@@ -117,8 +117,15 @@ local function flush_queues()
   for _, entry in ipairs(unreadied) do redis.call('ZREM', entry.queue, entry.member) end
   local lists = {}
   for _, r in pairs(readied) do
-    place(r)
-    local queue, member = entry_of(r)
+    local queue, member
+    if r.flags == '' then      -- as mostly: for any node
+      queue, member = SHARED, rank_of(r) .. r.key
+      added_shared = added_shared + 1
+    else
+      place(r)
+      queue, member = entry_of(r)
+      count_added(r, member)
+    end
     local list = lists[queue]
     if not list then
       list = {}
@@ -126,7 +133,6 @@ local function flush_queues()
     end
     local n = #list
     list[n + 1], list[n + 2] = priority_of(r) == '0' and 0 or -tonumber(r.priority), member
-    count_added(r, member)
   end
   for queue, list in pairs(lists) do call_in_parts('ZADD', list, queue) end
   readied, unreadied = {}, {}

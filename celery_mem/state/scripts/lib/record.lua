@@ -1,5 +1,7 @@
 -- Task records: read once per script call. What changes with most transitions is one field, `core`: it changes in memory
 -- (touch) and is written once at the end; what changes with one transition only is written by that transition.
+-- Whoever follows a name out of a record may find none there, or one that is not as we write it, if somebody else
+-- writes to this Redis, or it evicts: such a record is no record, an input without one is lost, and the call goes on.
 local records, touched = {}, {}
 
 local function split(text)
@@ -35,7 +37,10 @@ local function core_of(r)
 end
 
 -- What the field `recipe` says, as RECIPE in keys.py tells: looked at by few transitions.
-local function read_recipe(r) r.rank, r.priority, r.fn = string.match(r.recipe, '^(%x+) (%S+) (.*)$') end
+local function read_recipe(r)
+  r.rank, r.priority, r.fn = string.match(r.recipe, '^(%x+) (%S+) (.*)$')
+  if not tonumber(r.priority or '') then r.rank, r.priority, r.fn = string.rep('f', 16), '0', '' end      -- unreadable: the worker says so
+end
 
 local function rank_of(r)
   if not r.rank then read_recipe(r) end
@@ -59,6 +64,10 @@ local function note_record(key, name, core, recipe, deps_text)
     return false
   end
   local state, needed, waiting, attempt, flags, at = string.match(core, '^(%a+) (%d+) (%d+) (%d*) (%a*)\n()')
+  if not state then
+    records[key] = false
+    return false
+  end
   local r = {key = key, name = name, state = state, needed = numbers[needed], waiting = numbers[waiting], attempt = attempt,
     flags = flags, holders = string.sub(core, at), recipe = recipe, deps_text = deps_text}
   records[key] = r
@@ -74,16 +83,16 @@ local function load(key)
   return note_record(key, name, v[1], v[2], v[3])
 end
 
--- The same, and up to three further fields.
+-- The same, and up to two further fields.
 local function load_with(key, ...)
   local r = records[key]
   if r then
     local v = redis.call('HMGET', r.name, ...)
-    return r, v[1], v[2], v[3]
+    return r, v[1], v[2]
   end
   local name = P .. K.task .. key
   local v = redis.call('HMGET', name, F.core, F.recipe, F.deps, ...)
-  return note_record(key, name, v[1], v[2], v[3]), v[4], v[5], v[6]
+  return note_record(key, name, v[1], v[2], v[3]), v[4], v[5]
 end
 
 -- Fields to be written along with the core: field, value, field, value, ...
@@ -95,6 +104,15 @@ local function write_along(r, field, value)
   end
   local n = #along
   along[n + 1], along[n + 2] = field, value
+end
+
+-- The same of two, as most records have: a list that is made at once need not grow.
+local function write_both_along(r, field, value, other_field, other_value)
+  if not r.along then r.along = {field, value, other_field, other_value}
+  else
+    write_along(r, field, value)
+    write_along(r, other_field, other_value)
+  end
 end
 
 local function extra(r, field)

@@ -17,7 +17,7 @@ local function reset_errors(keys)
     at = at + 1
     for _, name in ipairs(dependents_of(r)) do
       local d = load(name)
-      if d.state == 'erred' and not seen[name] then
+      if d and d.state == 'erred' and not seen[name] then
         seen[name] = true
         down[#down + 1] = d
       end

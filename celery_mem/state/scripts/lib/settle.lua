@@ -20,8 +20,10 @@ local function let_go_of_deps(r)
   local deps = deps_of(r)
   for i = 1, #deps do
     local d = load(deps[i])
-    add_needed(d, -1)
-    if d.needed == 0 then settle_later(deps[i]) end
+    if d and d.needed > 0 then
+      add_needed(d, -1)
+      if d.needed == 0 then settle_later(deps[i]) end
+    end
   end
 end
 
@@ -137,7 +139,7 @@ local function err(r, blame)
           if visits + #stack > budget then settle_later(name)
           else
             local d = load(name)
-            if d.state == 'waiting' then stack[#stack + 1] = d end
+            if d and d.state == 'waiting' then stack[#stack + 1] = d end
           end
         end
       end
@@ -152,7 +154,9 @@ local function missing_deps(r)
   local blame, missing = nil, 0
   for _, dep in ipairs(deps_of(r)) do
     local d = load(dep)
-    if d.state ~= 'memory' then
+    if not d then
+      blame, missing = dep, missing + 1
+    elseif d.state ~= 'memory' then
       missing = missing + 1
       if d.state == 'erred' then blame = d.blame or extra(d, F.blame)
       elseif d.state == 'lost' then blame = dep end
@@ -188,8 +192,10 @@ local function raise(r)
   r.waiting = missing
   for _, dep in ipairs(deps_of(r)) do
     local d = load(dep)
-    add_needed(d, 1)
-    if d.state == 'released' then settle_later(dep) end
+    if d then
+      add_needed(d, 1)
+      if d.state == 'released' then settle_later(dep) end
+    end
   end
   if blame then err(r, blame)
   elseif missing == 0 then enqueue(r) end
@@ -234,8 +240,11 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, p
   local was_active = ACTIVE[r.state]
   r.waiting = 0
   set_state(r, 'memory')
-  write_along(r, F.result, nbytes .. ' ' .. type_name)
-  if is_value then write_along(r, F.value, data) else begin_copies(r, data, maker, nbytes, place) end
+  if is_value then write_both_along(r, F.result, nbytes .. ' ' .. type_name, F.value, data)
+  else
+    write_along(r, F.result, nbytes .. ' ' .. type_name)
+    begin_copies(r, data, maker, nbytes, place)
+  end
   if contains ~= '' then
     redis.call('HSET', r.name, F.contains, contains)
     add_flag(r, L.contains)
@@ -250,7 +259,7 @@ local function enter_memory(r, nbytes, type_name, kind, data, contains, maker, p
   if r.needed > 0 then
     for _, name in ipairs(dependents_of(r)) do
       local d = load(name)
-      if d.state == 'waiting' then
+      if d and d.state == 'waiting' then
         if not is_value then add_flag(d, L.near) end
         d.waiting = d.waiting - 1
         if d.waiting == 0 then enqueue(d) else touch(d) end
