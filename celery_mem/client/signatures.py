@@ -25,6 +25,7 @@ WITHOUT_EFFECT = frozenset(
         "compression",
         "reply_to",
         "group_id",
+        "group_index",
         "root_id",
         "parent_id",
         "chord",
@@ -135,13 +136,13 @@ class _Planner:
                     f"a group has no key of its own, as {key!r}; its tasks may have one by task_id"
                 )
             return self._group(sig, is_given=is_given, is_immutable=is_immutable)
-        if key is None:
+        if kind == "chain" and not sig.tasks:
+            raise ValueError("a chain of no tasks makes nothing")
+        if key is None and not _makes_list(sig):
             key = sig.options.get("task_id")
         if kind == "chord":
             header = self._group(sig, is_given=is_given, is_immutable=is_immutable)
             return _Chord(header, self.plan(sig.body, key, is_given=True))
-        if not sig.tasks:
-            raise ValueError("a chain of no tasks makes nothing")
         parts = []
         for i, part in enumerate(sig.tasks):
             is_first, is_last = i == 0, i == len(sig.tasks) - 1
@@ -203,6 +204,15 @@ def _check_whole(sig: Any) -> None:
             raise ValueError(
                 f"{sig!r}: set the option {name}={value!r} on its tasks, it says nothing of the whole"
             )
+    if sig.args or sig.kwargs.get("kwargs"):
+        raise ValueError(f"{sig!r}: give its arguments to `submit`, or to its tasks")
+
+
+def _makes_list(sig: Any) -> bool:
+    """Whether what a tree makes in the end has no key: that of a group."""
+    if sig.subtask_type == "chain":
+        return _makes_list(sig.tasks[-1])
+    return bool(sig.subtask_type == "group") or (sig.subtask_type == "chord" and _makes_list(sig.body))
 
 
 def _function(sig: Any, retries: int) -> tuple[AppTask, int]:

@@ -56,8 +56,8 @@ class Run(Watcher):
         began = time.thread_time()
         if func is call and args:
             func, args = args[0], args[1:]
-        self.name = shown_name(func)
         self.args, self.kwargs = short(args), short(kwargs)
+        self.name = shown_name(func)  # last: with it, the call may be told
         self.cost_s += time.thread_time() - began
 
     def returned(self, result: Any, seconds: float) -> None:

@@ -129,6 +129,8 @@ class TestASignature:
             client.submit(chain(app=shop.app))
         with pytest.raises(ValueError, match="another task of this signature has the key 'x' too"):
             client.submit(chain(shop.price.s(1).set(task_id="x"), shop.price.s()), key="x")
+        with pytest.raises(ValueError, match="give its arguments to `submit`"):
+            client.submit(chord([shop.price.s()], shop.total.s()).clone(args=(1,)))
         with pytest.raises(ValueError, match="timeout: the seconds"):
             client.submit(group(shop.price.s(1), shop.price.s(2).set(time_limit=-1)))
 
@@ -167,6 +169,15 @@ class TestASignature:
         assert client.gather(client.submit(both, client.submit(tasks.inc, 1)), timeout=60) == [6, 12]
         after = chain(shop.price.s(2), group(shop.price.si(1), shop.price.s()), shop.total.s())
         assert client.submit(after).result(timeout=60) == 3 + 18
+
+    def test_that_has_its_ids_already_keeps_them_as_keys(self, client: Client, shop: Any) -> None:
+        sig = chain(shop.price.s(1), shop.price.s())
+        made = sig.freeze()
+        future = client.submit(sig)
+        assert (future.key, future.result(timeout=60)) == (made.id, 9)
+        ends_in_group = chain(shop.price.s(2), group(shop.price.s(), shop.price.s()))
+        ends_in_group.freeze()
+        assert client.gather(client.submit(ends_in_group), timeout=60) == [18, 18]
 
     def test_of_chunks_and_maps_runs(self, client: Client, shop: Any) -> None:
         chunks = client.submit(shop.price.chunks(zip(range(4), strict=True), 2))
