@@ -9,9 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from redis import Redis
 
 from celery_mem import Client
@@ -212,3 +214,13 @@ def wait_until_ended(pid: int, timeout_s: float = PATIENCE_S) -> bool:
         return bool(select.select([watch], [], [], timeout_s)[0])
     finally:
         os.close(watch)
+
+
+def agents_of(pid: int) -> list[psutil.Process]:
+    """The agents beside a worker, by the pid of its main process."""
+    found = []
+    for process in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):  # a zombie, say
+            if "celery_mem.worker.agent" in process.cmdline():
+                found.append(process)
+    return found

@@ -29,8 +29,8 @@ from celery_mem.graph.killed import give_up_slot
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import is_alive
 from celery_mem.state.keys import NODE
-from celery_mem.state.store import Store, node_news
-from celery_mem.worker.control import remove_control
+from celery_mem.state.store import Store, birth_of, node_news
+from celery_mem.worker.control import note_generation, noted_generation, remove_control
 from celery_mem.worker.housekeeping import Housekeeper
 from celery_mem.worker.mailbox import Mailbox
 from celery_mem.worker.stopper import Stopper, process_of
@@ -121,7 +121,6 @@ class Agent:
             log.warning("slot %s ended in the middle of %d tasks", slot, len(given_up.keys))
             if given_up.killed:
                 log.error("tasks that ended too many processes: %s", ", ".join(given_up.killed))
-        self.stopper.at_work = {process_of(slot) for slot in left}
         return left
 
     def _death(self, slot: str) -> str | None:
@@ -151,6 +150,7 @@ class Agent:
             self.house.start()
         if self.stopper.control:
             self.stopper.start()
+            self._catch_up()
         self.mailbox.start()
         try:
             self._run()
@@ -159,6 +159,13 @@ class Agent:
             self.stopper.close()
             if self.house is not None:
                 self.house.close()
+
+    def _catch_up(self) -> None:
+        """End what a restart left that no agent saw: none had started yet, or the last one was killed."""
+        noted, generation = noted_generation(self.stopper.control), self.store.generation
+        if noted and birth_of(noted) != birth_of(generation) and self.store.why_restarted():
+            self.stopper.replace_processes(give_back=False)
+        note_generation(self.stopper.control, generation)
 
     def _run(self) -> None:
         in_touch = time.monotonic()
@@ -225,6 +232,8 @@ class Agent:
             if self.store.why_restarted():
                 self.stopper.replace_processes(give_back=False)
             self.store.rejoin()
+            if self.stopper.control:
+                note_generation(self.stopper.control, self.store.generation)
         except CeleryMemError as error:
             log.warning("node %s: %s", self.node, error)
             time.sleep(RETRY_S)

@@ -47,6 +47,30 @@ def control_of(app: Any, settings: Settings, node: str) -> Control:
     return Control(*((text or b"").decode() for text in fields))
 
 
+def note_generation(folder: str, generation: str, *, first: bool = False) -> None:
+    """Write down which namespace the processes of the node belong to, for the agent and those after it.
+
+    Args:
+        first: only if nothing is written yet.
+    """
+    new = f"{folder}/generation.{os.getpid()}"
+    with open(new, "w", encoding="ascii") as file:
+        file.write(generation)
+    with contextlib.suppress(FileExistsError):
+        (os.link if first else os.rename)(new, f"{folder}/generation")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(new)
+
+
+def noted_generation(folder: str) -> str:
+    """Return what `note_generation` wrote last; empty if it did not."""
+    try:
+        with open(f"{folder}/generation", encoding="ascii") as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
 def report_exits(pool: Any, folder: str) -> None:
     """Tell the agent how children of a prefork pool end: only their parent gets to know.
 

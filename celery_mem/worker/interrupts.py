@@ -19,6 +19,7 @@ from celery_mem.graph.inside import Wait
 from celery_mem.memory.asking import Listener, NobodyThere, socket_name, tell
 from celery_mem.memory.process import own_identity
 from celery_mem.memory.roots import AGENT_SOCKET
+from celery_mem.worker.duty_marks import DutyMark
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -86,11 +87,23 @@ class Interrupts:
         self._raised: set[str] = set()  # those of them that had their exception; they get no second one
         self._void: set[str] = set()  # attempts that are not to begin their call
         self._may_break = False  # the main thread waits where an exception does no harm
+        self._mark: DutyMark | None = None
         if by_signal:
             signal.signal(SIGNAL, self._on_signal)
+            self._mark = DutyMark(control, own_identity())
         self._listener = Listener(control, socket_name(own_identity()), self._answer).start()
 
-    # --- around a call ---
+    # --- around a ticket, and around a call ---
+
+    def begin_ticket(self) -> None:
+        """The process runs a ticket from now on."""
+        if self._mark is not None:
+            self._mark.set()
+
+    def end_ticket(self) -> None:
+        """It does so no more."""
+        if self._mark is not None:
+            self._mark.clear()
 
     def enter(self, task: Taken, slot: str, timeout: float | None) -> None:
         """The call of a task begins in this thread. Raises TaskInterrupt if it is not to."""
@@ -129,6 +142,8 @@ class Interrupts:
     def close(self) -> None:
         """Listen no more."""
         self._listener.close()
+        if self._mark is not None:
+            self._mark.close()
 
     # --- what the agent asks ---
 

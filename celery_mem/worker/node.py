@@ -31,7 +31,7 @@ from celery_mem.state.keys import META, NODE, Keys
 from celery_mem.state.store import Store, node_news
 from celery_mem.worker import children
 from celery_mem.worker.agent import AGENT_SIGNALS
-from celery_mem.worker.control import Control, make_control, report_exits
+from celery_mem.worker.control import Control, make_control, note_generation, report_exits
 from celery_mem.worker.revoking import hear_revoke
 from celery_mem.worker.tickets import close_events, close_interrupts, close_memory, know_worker
 
@@ -120,6 +120,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         try:
             # The agent would do this too, a moment later; and it does if there is no Redis yet.
             store = Store.connect(self.settings.replace(retry_timeout=ANNOUNCE_S))
+            note_generation(self.control.folder, store.generation, first=True)
             Eviction(store.link).warn()
             if not takes_all and store.link.call("HGET", store.keys.fixed("meta"), META["queue"]):
                 self.news["queue"] = ""  # tickets for any worker go where most of them look

@@ -120,6 +120,8 @@ class Slot:
         driver = Driver(self)
         token = here.set(driver)
         self._at_work.acquire()
+        if self.interrupts is not None:
+            self.interrupts.begin_ticket()
         self._turns.take(driver)
         try:
             if self.interrupts is not None and self.interrupts.is_outdated:
@@ -133,6 +135,8 @@ class Slot:
             raise
         finally:
             self._turns.give(driver)
+            if self.interrupts is not None:
+                self.interrupts.end_ticket()
             self._at_work.release()
             here.reset(token)
 

@@ -25,6 +25,7 @@ from celery_mem.memory.roots import AGENT_SOCKET
 from celery_mem.state.keys import TASK
 from celery_mem.state.records import read_core
 from celery_mem.state.store import Failed, Store
+from celery_mem.worker.duty_marks import is_marked, remove_mark
 from celery_mem.worker.interrupts import CANCELLED, TIMEOUT, Timed
 
 log = logging.getLogger("celery_mem.agent")
@@ -74,9 +75,6 @@ class Stopper:
         control: folder of the sockets of this node's processes.
         store: may be used by other threads too.
         exited: is told pid and exit code of each pool child that ended, as the worker reports it.
-
-    Attributes:
-        at_work: identities of processes that ran a ticket when the agent last looked.
     """
 
     def __init__(
@@ -87,7 +85,6 @@ class Stopper:
         self.control = control
         self.store = store
         self.exited = exited
-        self.at_work: set[str] = set()
         self._stops: dict[tuple[str, str], Stop] = {}  # by attempt and reason
         self._killed: dict[str, Stop | None] = {}  # process -> because of which its tasks go back
         self._changed = threading.Condition()
@@ -133,7 +130,8 @@ class Stopper:
             log.warning("node %s: threads go on with the tasks that they run", self.node)
             return
         for process, answer in self._ask_all("e").items():
-            if answer == "y" or (not answer and process in self.at_work):
+            # One that does not answer runs what holds the GIL: of the graph, or another task of Celery.
+            if answer == "y" or (not answer and is_marked(self.control, process)):
                 self._kill(process, Stop("", "", "", 0.0) if give_back else None)
         with self._changed:
             self._changed.notify()
@@ -182,6 +180,7 @@ class Stopper:
         except NobodyThere:
             with contextlib.suppress(OSError):
                 os.unlink(f"{self.control}/{name}")
+            remove_mark(self.control, name.removesuffix(".sock"))
             return None
         except TimeoutError:
             return ""

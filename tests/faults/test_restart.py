@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from celery import Celery
 
@@ -15,7 +15,7 @@ from celery_mem.graph.tickets import broker_url
 from celery_mem.state import store as states
 from celery_mem.state.audit import read
 from tests import tasks
-from tests.deployment import Deployment
+from tests.deployment import Deployment, agents_of
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,15 @@ def pids(deployment: Deployment, client: Client, n: int = 4) -> set[int]:
     return set(client.gather(client.map(tasks.counted_here, [where] * n, [0.2] * n, pure=False), timeout=60))
 
 
+def pool_children(deployment: Deployment) -> set[int]:
+    """The processes that both workers run tasks in."""
+    found = set()
+    for pid in (deployment.pid("w0"), deployment.pid("w1")):
+        agents = {agent.pid for agent in agents_of(pid)}
+        found |= {child.pid for child in psutil.Process(pid).children()} - agents
+    return found
+
+
 @pytest.mark.parametrize("task", [tasks.spin, tasks.hold_the_gil])
 def test_a_restart_ends_all_tasks_and_tells_every_client(
     deployment: Deployment, client: Client, task: object
@@ -52,6 +61,7 @@ def test_a_restart_ends_all_tasks_and_tells_every_client(
         done = third.submit(tasks.inc, 1)
         third.publish_dataset(one=third.scatter([1, 2]))
         deployment.wait_until(lambda: len(deployment.runs("stuck")) == 4, "all slots to be stuck")
+        busy = pool_children(deployment)
         client.restart(timeout=60)
         for future in (*stuck, done):
             deployment.wait_until(future.cancelled, "its client to hear of it")
@@ -67,6 +77,22 @@ def test_a_restart_ends_all_tasks_and_tells_every_client(
         assert third.submit(tasks.inc, 1).result(timeout=60) == 2
         assert third.scatter(5).result(timeout=60) == 5
         assert pids(deployment, client).isdisjoint(before)
+        deployment.wait_until(lambda: pool_children(deployment).isdisjoint(busy), "what was stuck to be gone")
+
+
+def test_what_no_agent_saw_of_a_restart_is_done_by_the_next(deployment: Deployment, client: Client) -> None:
+    before = pids(deployment, client)
+    stuck = [client.submit(tasks.spin, (deployment.url, f"stuck{i}"), pure=False) for i in range(4)]
+    deployment.wait_until(lambda: len(deployment.runs("stuck")) == 4, "all slots to be stuck")
+    busy = pool_children(deployment)
+    for name in ("w0", "w1"):
+        for agent in agents_of(deployment.pid(name)):
+            agent.kill()
+    client.restart(timeout=60)
+    for future in stuck:
+        deployment.wait_until(future.cancelled, "its client to hear of it")
+    deployment.wait_until(lambda: pool_children(deployment).isdisjoint(busy), "what was stuck to be gone")
+    assert pids(deployment, client).isdisjoint(before)
 
 
 def test_a_call_that_meets_a_restart_says_so_and_leaves_nothing_behind(
@@ -118,10 +144,12 @@ def test_another_task_of_celery_is_not_killed_by_a_restart(deployment: Deploymen
     before = pids(deployment, client)
     url = broker_url(deployment.url)
     with Celery("shop", broker=url, backend=url) as app:
-        results = [app.send_task("tests.worker.shop.slow_price", (n, 2.0), queue="shop") for n in range(4)]
+        where = [(deployment.url, f"price{n}") for n in range(4)]
+        results = [
+            app.send_task("tests.worker.shop.slow_price", (n, 2.0, where[n]), queue="shop") for n in range(4)
+        ]
         try:
-            deployment.wait_until(lambda: deployment.redis.llen("shop") == 0, "they to be taken")
-            time.sleep(0.3)  # nobody tells when they begin; before, they are in no danger
+            deployment.wait_until(lambda: len(deployment.runs("price")) == 4, "they to run")
             client.restart(timeout=60)
             assert [result.get(timeout=60) for result in results] == [0, 3, 6, 9]
         finally:

@@ -16,6 +16,7 @@ from redis import Redis
 
 import celery_mem
 from celery_mem.graph.tickets import broker_url
+from tests import tasks
 from tests.on_cluster import node_of_task
 
 url = os.environ["CELERY_MEM_URL"]
@@ -40,7 +41,9 @@ def price(n: int) -> int:
 
 
 @app.task
-def slow_price(n: int, seconds: float) -> int:
+def slow_price(n: int, seconds: float, where: tasks.Where | None = None) -> int:
+    if where is not None:
+        tasks.note(where)
     time.sleep(seconds)
     return 3 * n
 

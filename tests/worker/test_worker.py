@@ -23,7 +23,7 @@ from celery_mem.graph.tickets import broker_url
 from celery_mem.state.keys import NODE
 from celery_mem.worker.node import supported_pool
 from tests import tasks
-from tests.deployment import Deployment, wait_until, wait_until_ended
+from tests.deployment import Deployment, agents_of, wait_until, wait_until_ended
 
 APP = "tests.worker.shop"
 SLICE_S = 0.5
@@ -57,15 +57,6 @@ def shop(deployment: Deployment) -> Iterator[Celery]:
 
 def children_of(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children()
-
-
-def agents_of(pid: int) -> list[psutil.Process]:
-    found = []
-    for process in children_of(pid):
-        with suppress(psutil.NoSuchProcess):  # a zombie, say
-            if "celery_mem.worker.agent" in process.cmdline():
-                found.append(process)
-    return found
 
 
 def ran_once(deployment: Deployment, names: list[str]) -> bool:
