@@ -34,6 +34,7 @@ from celery_mem.errors import (
 )
 from celery_mem.graph.calls import Function
 from celery_mem.graph.errors import encode_error
+from celery_mem.graph.tickets import TicketOffice
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import Kind, seal_of, warn_if_unsigned
 from celery_mem.state.eviction import Eviction
@@ -64,7 +65,7 @@ class Session:
     Args:
         settings: where and how.
         name: beginning of the client's id.
-        send_tickets: sends tickets that a script asked for.
+        office: sends tickets that a script asked for.
         first_timeout: seconds to wait for Redis at first.
         lease_s: lets the session outlive its process by this time, under `name`; None: it ends with it.
     """
@@ -73,7 +74,7 @@ class Session:
         self,
         settings: Settings,
         name: str,
-        send_tickets: Callable[[Tickets], None],
+        office: TicketOffice,
         *,
         first_timeout: float,
         lease_s: float | None = None,
@@ -82,7 +83,7 @@ class Session:
         self.lease_s = lease_s or settings.client_lease
         self.id = f"{name}-{secrets.token_hex(5)}"
         self.pid = os.getpid()
-        self.send_tickets = send_tickets
+        self._office = office
         self.seal = seal_of(settings)
         warn_if_unsigned(settings)
         self.store = _connect(settings, first_timeout)
@@ -128,6 +129,11 @@ class Session:
             self.legacy.claim()
         else:
             self.store.renew_client(self.id, join=True)
+
+    def send_tickets(self, tickets: Tickets) -> None:
+        """Send tickets that a script asked for."""
+        if tickets:
+            self._office.send(tickets, self.store)
 
     # --- holds ---
 

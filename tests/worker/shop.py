@@ -16,10 +16,9 @@ from celery_mem.graph.tickets import broker_url
 url = os.environ["CELERY_MEM_URL"]
 # Its own messages never go through a proxy that a test puts before the graph's Redis.
 broker = broker_url(os.environ.get("SHOP_BROKER", url))
+backend = broker_url(os.environ.get("SHOP_BACKEND") or os.environ.get("SHOP_BROKER", url))
 
-app = Celery(
-    "shop", broker=broker, backend=os.environ.get("SHOP_BROKER", url).replace("unix://", "redis+socket://")
-)
+app = Celery("shop", broker=broker, backend=backend)
 app.conf.update(
     task_default_queue="shop",
     worker_prefetch_multiplier=int(os.environ.get("SHOP_PREFETCH", "4")),
