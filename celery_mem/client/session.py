@@ -16,7 +16,7 @@ from redis.exceptions import InvalidResponse, ResponseError
 from celery_mem.client.legacy import Legacy
 from celery_mem.client.listener import Listener, apply_notice
 from celery_mem.client.outbox import Outbox
-from celery_mem.client.parcels import Ledger
+from celery_mem.client.parcels import CHUNK_TASKS, Ledger
 from celery_mem.client.reading import Reading
 from celery_mem.client.recovery import Recovery
 from celery_mem.client.releases import RELEASE_CHUNK, Releases
@@ -245,21 +245,25 @@ class Session:
         self.send_tickets(tickets)
 
     def retry(self, texts: Sequence[str]) -> None:
-        """Run failed tasks again; their futures here are pending when this returns."""
+        """Run failed tasks again, with the failed inputs behind them and all that these took down.
+
+        Their futures here are pending when this returns.
+        """
         with self.order:
             self.check_open()
             epoch = self.next_epoch()
             with self.lock:
-                states = [s for text in texts if (s := self.states.get(text)) is not None]
-                failed = [s for s in states if s.status == ERROR]
-                for state in states:
-                    # The error may be under way to this client still: notices so far do not count any more.
-                    state.epoch = epoch
-                for state in failed:
-                    state.status = PENDING
+                failed = self._expect_anew(texts, epoch)
             try:
-                self.send_tickets(self._guarded(lambda: self.store.retry(texts)))
-                self.hold([s.text for s in states], epoch)
+                more, tickets = self._guarded(lambda: self.store.retry(self.id, texts))
+                self.send_tickets(tickets)
+                with self.lock:
+                    failed += self._expect_anew(more, epoch)
+                # How they stand is told again: notices that do not count any more may have said it.
+                again = list(dict.fromkeys((*texts, *more)))
+                for start in range(0, len(again), CHUNK_TASKS):
+                    page = again[start : start + CHUNK_TASKS]
+                    self.hold([text for text in page if text in self.states], epoch)
             except BaseException:
                 with self.lock:
                     for state in failed:
@@ -267,6 +271,19 @@ class Session:
                             state.status = ERROR
                             self.finish(state)
                 raise
+
+    def _expect_anew(self, texts: Sequence[str], epoch: int) -> list[KeyState]:
+        """Have failed futures pend; returns their states. The caller holds `lock`.
+
+        Their errors may be under way to this client still: notices so far do not count any more.
+        """
+        states = [s for text in texts if (s := self.states.get(text)) is not None]
+        failed = [s for s in states if s.status == ERROR]
+        for state in states:
+            state.epoch = epoch
+        for state in failed:
+            state.status = PENDING
+        return failed
 
     def expect_again(self, state: KeyState) -> None:
         """Wait for a result from now on that was there and is not any more."""
