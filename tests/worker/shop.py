@@ -39,6 +39,12 @@ def slow_price(n: int, seconds: float) -> int:
     return 3 * n
 
 
+@app.task
+def now() -> float:
+    """When this began, seconds since the epoch."""
+    return time.time()
+
+
 @app.task(bind=True)
 def about_request(self: Any) -> tuple[str, str]:
     """The id of the request and the name of the current task, as libraries ask for them."""
