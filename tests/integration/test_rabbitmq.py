@@ -100,11 +100,13 @@ def test_own_tasks_get_their_turn_and_their_results_are_in_their_backend(site: S
 
 def test_a_killed_worker_is_recovered_from(site: Site, client: Client) -> None:
     """Its tickets come again by RabbitMQ, its task and what it had in memory by the coordinator."""
-    there = {"workers": site.node("w1"), "allow_other_workers": True}
-    kept = client.submit(tasks.large, (site.url, "kept"), 1_000_000, **there)
-    waiting = client.submit(tasks.wait_for_word, (site.url, "run"), "done", **there)
+    kept = client.submit(tasks.large, (site.url, "kept"), 1_000_000)
+    waiting = client.submit(tasks.wait_for_word, (site.url, "run"), "done")
     site.wait_until(lambda: site.runs("run") and kept.done(), "both to run")
-    site.kill("w1")
+    store = site.store()
+    (slot,) = (slot for slot, keys in read(store).owned.items() if waiting.key in keys)
+    store.link.close()
+    site.kill(slot.partition("@")[0])
     site.wait_until(lambda: site.runs("run") == {"run": 2}, "the task to run again")
     site.redis.rpush("go:run", "word", "word")
     assert waiting.result(timeout=60) == "done"
