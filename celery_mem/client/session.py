@@ -43,6 +43,9 @@ from celery_mem.state.store import NewData, NewTask, Store, Tickets
 
 log = logging.getLogger("celery_mem.client")
 
+REST_S = 3.0
+"""The connection for large data is closed when it was not used for so long."""
+
 RELEASES_AT_ONCE = 5_000
 """Releases that the keeper sends before other calls get their turn."""
 RECOVERIES = 5
@@ -454,11 +457,12 @@ class Session:
     # --- lease, releases, end ---
 
     def _keep(self) -> None:
-        """Send releases as they come, and renew the lease."""
+        """Send releases as they come, renew the lease, close the connection for large data when it rests."""
         pause = min(self.lease_s, self.settings.client_lease) / 4
         due = time.monotonic() + pause
         while not self.closed:
-            self.releases.wait(max(0.0, due - time.monotonic()))
+            left = max(0.0, due - time.monotonic())
+            self.releases.wait(min(left, REST_S) if self.bulk.rest(REST_S) else left)
             try:
                 # A large submission may hold `order` for longer than the lease.
                 if self.order.acquire(timeout=max(0.0, due - time.monotonic())):
@@ -632,6 +636,7 @@ class Session:
                 thread.join(timeout=0.05)
         for link in (self.listener.link, self.store.link, self.bulk):
             link.close()
+        self._office.hang_up()
 
     def _send_all(self) -> None:
         if self.closed or not self.order.acquire(timeout=SIGN_OFF_S):

@@ -56,6 +56,7 @@ class CelerySide:
         """Send tickets."""
         if tickets:
             self.office.send(tickets, self._store)
+            self.office.hang_up()  # it is seldom that others have not sent them
 
     def stop_worker(self, node: str) -> None:
         """Ask a worker to end, by Celery's remote control; a failure is logged, and the caller asks again."""

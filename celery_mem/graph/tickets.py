@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from celery_mem.config import Settings
 from celery_mem.errors import CeleryMemError
+from celery_mem.graph.broker import line_of
 from celery_mem.sentinels import is_sentinel, parse_sentinel
 from celery_mem.state.store import Store, Tickets
 
@@ -57,6 +58,11 @@ class TicketOffice:
         with self._lock:
             if self._knows_broker(store):
                 send_tickets(self.app, tickets)
+
+    def hang_up(self) -> None:
+        """Close the connection to the broker; the next ticket opens one."""
+        if self._app is not None:
+            line_of(self._app).hang_up()
 
     def _knows_broker(self, store: Store) -> bool:
         if self._app is not None:
@@ -129,14 +135,16 @@ def send_tickets(app: Celery, tickets: Tickets) -> bool:
         for left in reversed(range(TRIES)):
             try:
                 # Not by Celery's own retry, which trips over the channel that broke (kombu 5.7).
-                app.send_task(
-                    TASK_NAME,
-                    args=(ticket,),
-                    **where,
-                    ignore_result=True,
-                    retry=False,
-                    argsrepr=f"({ticket})",
-                )
+                with line_of(app).use() as connection:
+                    app.send_task(
+                        TASK_NAME,
+                        args=(ticket,),
+                        **where,
+                        ignore_result=True,
+                        connection=connection,
+                        retry=False,
+                        argsrepr=f"({ticket})",
+                    )
                 break
             except Exception as error:  # whatever the broker's library raises
                 if not left:

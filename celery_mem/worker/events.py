@@ -15,6 +15,7 @@ from reprlib import Repr
 from typing import TYPE_CHECKING, Any
 
 from celery_mem.errors import TaskInterrupt
+from celery_mem.graph.broker import line_of
 from celery_mem.graph.calls import call, name_of
 from celery_mem.graph.errors import message_of, text_of
 from celery_mem.graph.keys import key_of
@@ -198,12 +199,12 @@ class TaskEvents:
                     self._runs.append(run)
         if not events:
             return
-        with self._app.amqp.producer_pool.acquire(block=True) as producer:
+        with line_of(self._app).use() as connection:
             dispatcher = self._app.events.Dispatcher(
-                producer.connection,
+                connection,
                 self._node,
                 True,
-                producer.channel,
+                connection.default_channel,
                 False,
                 buffer_group={"task"},
                 buffer_limit=len(events) + 1,

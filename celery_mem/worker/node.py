@@ -18,6 +18,7 @@ from celery import bootsteps, signals
 from kombu.entity import Exchange, Queue
 
 from celery_mem.errors import CeleryMemError, ConfigError, SchemaError, UnsupportedPoolError
+from celery_mem.graph.broker import close_spare, line_of
 from celery_mem.graph.constraints import ENOUGH, QUEUE
 from celery_mem.graph.doctor import own_versions
 from celery_mem.graph.tickets import REDIS, broker_of, send_tickets
@@ -47,6 +48,7 @@ AGENT_CHECK_S = 2.0
 CHILDREN_S = 0.25
 """A pool child that was killed is replaced within this time."""
 OLD_TICKETS_S = 60.0
+SPARE_S = 2.0
 ANNOUNCE_S = 2.0
 """How long the worker itself tries to tell Redis of its begin or end. Its signals have to wait meanwhile."""
 LEAVE_S = 5.0
@@ -120,6 +122,8 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             parent.timer.call_repeatedly(CHILDREN_S, parent.pool._pool.maintain_pool)
         parent.timer.call_repeatedly(AGENT_CHECK_S, self._keep_agent, (parent.hostname,))
         parent.timer.call_repeatedly(OLD_TICKETS_S, acknowledge_old_tickets)
+        parent.timer.call_repeatedly(SPARE_S, close_spare_of, (parent,))
+        signals.worker_ready.connect(lambda **_: close_spare_of(parent), weak=False)
         atexit.register(self._leave, os.getpid())
         try:
             # The agent would do this too, a moment later; and it does if there is no Redis yet.
@@ -129,6 +133,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 self.news["queue"] = ""  # tickets for any worker go where most of them look
             store.heartbeat(parent.hostname, **self.news)
             send_tickets(parent.app, store.call_tickets())
+            line_of(parent.app).hang_up()
             store.link.close()
         except SchemaError as error:
             raise SystemExit(str(error)) from error
@@ -228,6 +233,17 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         # By pipe, not by argument: the address may hold a password, and anyone may read a command line.
         self.agent.stdin.write(json.dumps({"settings": asdict(self.settings), "news": self.news}).encode())
         self.agent.stdin.close()
+
+
+def close_spare_of(parent: Any) -> None:
+    """Close connections that Celery needed for the start of a worker, or now and then, and keeps."""
+    consumer = getattr(parent, "consumer", None)
+    if consumer is None:
+        return
+    for owner in (consumer, getattr(consumer, "event_dispatcher", None)):
+        connection = getattr(owner, "connection", None)
+        if connection is not None:
+            close_spare(connection)
 
 
 def supported_pool(pool_cls: type) -> str:

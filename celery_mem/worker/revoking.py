@@ -15,6 +15,7 @@ from celery.utils.functional import maybe_list
 from celery.worker.control import Panel, ok
 
 from celery_mem.errors import CeleryMemError
+from celery_mem.graph.broker import line_of
 from celery_mem.graph.tickets import send_tickets
 from celery_mem.state.keys import TASK
 from celery_mem.state.store import Store
@@ -55,6 +56,7 @@ def cancel(app: Any, ids: list[str]) -> list[str]:
             keys = [one for one, is_there in zip(ids, found, strict=True) if is_there]
             if keys:
                 send_tickets(app, store.cancel("", keys, force=True, reason=REASON)[1])
+                line_of(app).hang_up()
             return keys
         finally:
             store.link.close()
