@@ -34,6 +34,7 @@ def install(app: Celery, **settings: Any) -> Celery:
     # acks_late: a ticket that runs counts against the worker's prefetch, so no worker hoards tickets.
     @app.task(
         name=TASK_NAME,
+        shared=False,  # other apps of this process have a ticket of their own, or none
         bind=True,
         acks_late=True,
         ignore_result=True,

@@ -10,6 +10,7 @@ from celery import Celery
 from celery.worker import state
 from kombu import Connection
 
+from celery_mem.graph.tickets import TASK_NAME
 from celery_mem.worker.install import install
 from celery_mem.worker.ticket_requests import ACK_BY_S, TicketRequest, acknowledge_old_tickets
 
@@ -18,7 +19,7 @@ from celery_mem.worker.ticket_requests import ACK_BY_S, TicketRequest, acknowled
 def receive() -> Iterator[Callable[[], TicketRequest]]:
     """A function that sends one ticket and receives it, as a worker does."""
     app = install(Celery("shop", broker="memory://", set_as_current=False), url="redis://localhost")
-    task = app.tasks["celery_mem.ticket"]
+    task = app.tasks[TASK_NAME]
     kept: list[Any] = []
 
     def send_and_receive() -> TicketRequest:
@@ -35,6 +36,14 @@ def receive() -> Iterator[Callable[[], TicketRequest]]:
     for request in kept[1::2]:
         state.task_ready(request)
     app.close()
+
+
+def test_apps_of_one_process_have_a_ticket_each_and_others_have_none() -> None:
+    """Celery would share the task among all of them, with a warning where a second one has it too."""
+    apps = [install(Celery(n, set_as_current=False), url="redis://localhost") for n in ("one", "two")]
+    other = Celery("other", set_as_current=False)
+    assert [a.tasks[TASK_NAME].app.main for a in apps] == ["one", "two"]
+    assert TASK_NAME not in other.tasks
 
 
 def test_it_does_at_last_after_five_minutes_whether_the_ticket_runs_or_waits(
