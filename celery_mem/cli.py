@@ -461,8 +461,8 @@ def flower(
         from celery_mem.graph.tickets import broker_url
 
         app = Celery("celery_mem", broker=broker_url(load_settings(url, namespace).url))
-        # To send a command takes two, and Flower has two threads that may be at it: with three, one goes on.
-        app.conf.broker_pool_limit = 3
+        # It sends commands to workers now and then; connections for that are not kept.
+        app.conf.broker_pool_limit = None
         ctx.obj = CLIContext(app=app, no_color=True, workdir=None, quiet=False)
     ctx.invoke(plain_flower, tornado_argv=flower_options)
 

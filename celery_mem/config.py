@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
 REDIS_SCHEMES = ("redis", "rediss", "unix", "redis+socket", SCHEME)
+ENVIRONMENT = "CELERY_MEM_"
 SECRET = {"secret_key"}
 EVENTS = ("off", "sampled", "all")
 TRACING = ("auto", "off")
@@ -185,15 +186,17 @@ class Settings:
             app: a Celery app whose configuration counts; None leaves it out.
             overrides: settings by name, without prefix; None means "not given".
         Raises:
-            ConfigError: an unknown name, a bad value, or no Redis address in any place.
+            ConfigError: an unknown name, a bad value, or no Redis address in any place. In the environment,
+                where others may use the prefix too, a name is unknown if it is nearly that of a setting.
         """
         names = {f.name: f for f in fields(cls)}
         values: dict[str, Any] = {}
         if app is not None:
-            _check_names({k[4:] for k in app.conf if k.startswith("mem_")}, names, "mem_")
+            _check_configuration(app, names)
             values |= {n: app.conf[f"mem_{n}"] for n in names if app.conf.get(f"mem_{n}") is not None}
+        _check_environment(names)
         for name, f in names.items():
-            text = os.environ.get(f"CELERY_MEM_{name.upper()}")
+            text = os.environ.get(f"{ENVIRONMENT}{name.upper()}")
             if text:
                 values[name] = _parse(text, f)
         given = {k: v for k, v in overrides.items() if v is not None}
@@ -244,11 +247,39 @@ def key_beside(url: str) -> str:
         return ""
 
 
-def _check_names(given: set[str], known: Mapping[str, object], prefix: str) -> None:
+def _check_configuration(app: Celery, known: Mapping[str, object]) -> None:
+    """Refuse what looks like one of our settings and is none.
+
+    Celery finds `mem_url` as CELERY_MEM_URL in a configuration with a namespace, such as Django's; without a
+    namespace an upper-case name is not found at all.
+    """
+    prefix = f"{app.namespace}_MEM_" if app.namespace else "MEM_"
+    for name in app.conf:
+        if app.namespace and name.upper().startswith(prefix.upper()):
+            _check_names({name[len(prefix) :].lower()}, known, prefix, str.upper)
+        elif name.startswith("mem_"):
+            _check_names({name[4:]}, known, "mem_")
+        elif name.startswith("MEM_") and name[4:].lower() in known:
+            raise ConfigError(f"unknown setting {name}; did you mean {name.lower()}?")
+
+
+ALIKE = 0.7
+"""Likeness from which a name in the environment is taken for a misspelt one: others may use its prefix."""
+
+
+def _check_environment(known: Mapping[str, object]) -> None:
+    given = {name[len(ENVIRONMENT) :].lower() for name in os.environ if name.startswith(ENVIRONMENT)}
+    meant = {name for name in given if difflib.get_close_matches(name, known, n=1, cutoff=ALIKE)}
+    _check_names(meant, known, ENVIRONMENT, str.upper)
+
+
+def _check_names(
+    given: set[str], known: Mapping[str, object], prefix: str, spell: Callable[[str], str] = str
+) -> None:
     for name in sorted(given - known.keys()):
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-        raise ConfigError(f"unknown setting {prefix}{name}{hint}")
+        hint = f"; did you mean {prefix}{spell(near[0])}?" if near else ""
+        raise ConfigError(f"unknown setting {prefix}{spell(name)}{hint}")
 
 
 def _check_value(f: dataclasses.Field[Any], value: Any) -> None:

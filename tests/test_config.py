@@ -60,6 +60,52 @@ def test_an_unknown_name_in_a_celery_configuration_fails_with_the_nearest_known_
         Settings.load(app)
 
 
+def test_so_does_one_in_a_configuration_with_a_namespace_such_as_djangos():
+    class Django:
+        CELERY_BROKER_URL = URL
+        CELERY_MEM_NAMESPACE = "shop"
+
+    app = Celery("shop", set_as_current=False)
+    app.config_from_object(Django, namespace="CELERY")
+    assert Settings.load(app).namespace == "shop"
+
+    class Misspelt(Django):
+        CELERY_MEM_INLINE_LIMITS = 5
+
+    app = Celery("shop", set_as_current=False)
+    app.config_from_object(Misspelt, namespace="CELERY")
+    with pytest.raises(ConfigError, match="CELERY_MEM_INLINE_LIMITS; did you mean CELERY_MEM_INLINE_LIMIT"):
+        Settings.load(app)
+
+
+def test_upper_case_is_refused_where_celery_would_not_find_it():
+    class Old:
+        BROKER_URL = URL
+        MEM_OF_MY_OWN = 1
+        MEM_INLINE_LIMIT = 5
+
+    app = Celery("shop", set_as_current=False)
+    app.config_from_object(Old)
+    with pytest.raises(ConfigError, match=r"MEM_INLINE_LIMIT; did you mean mem_inline_limit\?"):
+        Settings.load(app)
+
+
+@pytest.mark.parametrize("name", ["INLINE_LIMITS", "NAMSPACE", "SECRET", "URLS"])
+def test_a_name_in_the_environment_that_is_nearly_a_settings_fails_with_it(monkeypatch, name):
+    monkeypatch.setenv(f"CELERY_MEM_{name}", "5")
+    with pytest.raises(ConfigError, match=f"unknown setting CELERY_MEM_{name}; did you mean CELERY_MEM_"):
+        Settings.load(url=URL)
+
+
+@pytest.mark.parametrize(
+    "name", ["SERVICE_HOST", "SERVICE_PORT", "PORT_6379_TCP_ADDR", "REDIS_SERVER", "CONFIG", "IMAGE"]
+)
+def test_what_others_put_into_the_environment_is_theirs(monkeypatch, name):
+    """Kubernetes does, for a service of the name celery-mem."""
+    monkeypatch.setenv(f"CELERY_MEM_{name}", "5")
+    Settings.load(url=URL)
+
+
 def test_every_setting_is_documented_and_numbers_have_a_unit():
     for f in fields(Settings):
         assert f.metadata["doc"], f.name

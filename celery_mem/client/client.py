@@ -54,12 +54,11 @@ from celery_mem.graph.calls import Function, encode_arrangement, encode_function
 from celery_mem.graph.constraints import Resources, Workers, with_queue
 from celery_mem.graph.errors import decode_error
 from celery_mem.graph.keys import Key, key_of, text_of
-from celery_mem.graph.tickets import make_app, send_tickets
+from celery_mem.graph.tickets import TicketOffice
 from celery_mem.graph.tracing import traced
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import Kind
 from celery_mem.memory.serialize import Frames
-from celery_mem.state.store import Tickets
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -118,12 +117,10 @@ class Client(DataMethods, LifetimeMethods, ProfilingMethods):
         try:
             loaded = _load_settings(app, url=url, namespace=namespace, **settings)
             self.settings = loaded
-            self._app = app
-            self._app_lock = threading.Lock()
             self._session = Session(
                 loaded,
                 name or f"client-{os.getpid()}",
-                self._send_tickets,
+                TicketOffice(loaded, app),
                 first_timeout=timeout,
                 lease_s=lease_s,
             )
@@ -916,14 +913,6 @@ class Client(DataMethods, LifetimeMethods, ProfilingMethods):
             TimeoutError: some nodes did not do it in time.
         """
         return self.control.restart_workers(workers, timeout, raise_for_error)
-
-    def _send_tickets(self, tickets: Tickets) -> None:
-        if not tickets:
-            return
-        with self._app_lock:
-            if self._app is None:
-                self._app = make_app(self.settings)
-            send_tickets(self._app, tickets)
 
     # --- life ---
 

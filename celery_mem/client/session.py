@@ -16,7 +16,7 @@ from redis.exceptions import InvalidResponse, ResponseError
 from celery_mem.client.legacy import Legacy
 from celery_mem.client.listener import Listener, apply_notice
 from celery_mem.client.outbox import Outbox
-from celery_mem.client.parcels import Ledger
+from celery_mem.client.parcels import CHUNK_TASKS, Ledger
 from celery_mem.client.reading import Reading
 from celery_mem.client.recovery import Recovery
 from celery_mem.client.releases import RELEASE_CHUNK, Releases
@@ -34,6 +34,7 @@ from celery_mem.errors import (
 )
 from celery_mem.graph.calls import Function
 from celery_mem.graph.errors import encode_error
+from celery_mem.graph.tickets import TicketOffice
 from celery_mem.memory import blobs
 from celery_mem.memory.seal import Kind, seal_of, warn_if_unsigned
 from celery_mem.state.eviction import Eviction
@@ -41,6 +42,9 @@ from celery_mem.state.link import Command, Link, make_pool
 from celery_mem.state.store import NewData, NewTask, Store, Tickets
 
 log = logging.getLogger("celery_mem.client")
+
+REST_S = 3.0
+"""The connection for large data is closed when it was not used for so long."""
 
 RECOVERIES = 5
 """Times that one call is begun anew since Redis lost track of the client."""
@@ -62,7 +66,7 @@ class Session:
     Args:
         settings: where and how.
         name: beginning of the client's id.
-        send_tickets: sends tickets that a script asked for.
+        office: sends tickets that a script asked for.
         first_timeout: seconds to wait for Redis at first.
         lease_s: lets the session outlive its process by this time, under `name`; None: it ends with it.
     """
@@ -71,7 +75,7 @@ class Session:
         self,
         settings: Settings,
         name: str,
-        send_tickets: Callable[[Tickets], None],
+        office: TicketOffice,
         *,
         first_timeout: float,
         lease_s: float | None = None,
@@ -80,7 +84,7 @@ class Session:
         self.lease_s = lease_s or settings.client_lease
         self.id = f"{name}-{secrets.token_hex(5)}"
         self.pid = os.getpid()
-        self.send_tickets = send_tickets
+        self._office = office
         self.seal = seal_of(settings)
         warn_if_unsigned(settings)
         self.store = _connect(settings, first_timeout)
@@ -126,6 +130,11 @@ class Session:
             self.legacy.claim()
         else:
             self.store.renew_client(self.id, join=True)
+
+    def send_tickets(self, tickets: Tickets) -> None:
+        """Send tickets that a script asked for."""
+        if tickets:
+            self._office.send(tickets, self.store)
 
     # --- holds ---
 
@@ -237,21 +246,25 @@ class Session:
         self.send_tickets(tickets)
 
     def retry(self, texts: Sequence[str]) -> None:
-        """Run failed tasks again; their futures here are pending when this returns."""
+        """Run failed tasks again, with the failed inputs behind them and all that these took down.
+
+        Their futures here are pending when this returns.
+        """
         with self.order:
             self.check_open()
             epoch = self.next_epoch()
             with self.lock:
-                states = [s for text in texts if (s := self.states.get(text)) is not None]
-                failed = [s for s in states if s.status == ERROR]
-                for state in states:
-                    # The error may be under way to this client still: notices so far do not count any more.
-                    state.epoch = epoch
-                for state in failed:
-                    state.status = PENDING
+                failed = self._expect_anew(texts, epoch)
             try:
-                self.send_tickets(self._guarded(lambda: self.store.retry(texts)))
-                self.hold([s.text for s in states], epoch)
+                more, tickets = self._guarded(lambda: self.store.retry(self.id, texts))
+                self.send_tickets(tickets)
+                with self.lock:
+                    failed += self._expect_anew(more, epoch)
+                # How they stand is told again: notices that do not count any more may have said it.
+                again = list(dict.fromkeys((*texts, *more)))
+                for start in range(0, len(again), CHUNK_TASKS):
+                    page = again[start : start + CHUNK_TASKS]
+                    self.hold([text for text in page if text in self.states], epoch)
             except BaseException:
                 with self.lock:
                     for state in failed:
@@ -259,6 +272,19 @@ class Session:
                             state.status = ERROR
                             self.finish(state)
                 raise
+
+    def _expect_anew(self, texts: Sequence[str], epoch: int) -> list[KeyState]:
+        """Have failed futures pend; returns their states. The caller holds `lock`.
+
+        Their errors may be under way to this client still: notices so far do not count any more.
+        """
+        states = [s for text in texts if (s := self.states.get(text)) is not None]
+        failed = [s for s in states if s.status == ERROR]
+        for state in states:
+            state.epoch = epoch
+        for state in failed:
+            state.status = PENDING
+        return failed
 
     def expect_again(self, state: KeyState) -> None:
         """Wait for a result from now on that was there and is not any more."""
@@ -434,11 +460,12 @@ class Session:
     # --- lease, releases, end ---
 
     def _keep(self) -> None:
-        """Send releases as they come, and renew the lease."""
+        """Send releases as they come, renew the lease, close the connection for large data when it rests."""
         pause = min(self.lease_s, self.settings.client_lease) / 4
         due = time.monotonic() + pause
         while not self.closed:
-            self.releases.wait(max(0.0, due - time.monotonic()))
+            left = max(0.0, due - time.monotonic())
+            self.releases.wait(min(left, REST_S) if self.bulk.rest(REST_S) else left)
             try:
                 self._send_until(due)
                 if (time.monotonic() >= due or self._renews_soon) and not self.closed:
@@ -625,6 +652,7 @@ class Session:
                 thread.join(timeout=0.05)
         for link in (self.listener.link, self.store.link, self.bulk):
             link.close()
+        self._office.hang_up()
 
     def _send_all(self) -> None:
         if self.closed or not self.order.acquire(timeout=SIGN_OFF_S):

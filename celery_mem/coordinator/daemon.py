@@ -174,7 +174,7 @@ def run(
     warn_if_unsigned(settings)
     store = Store.connect(settings)
     Eviction(store.link).warn()
-    coordinator = Coordinator(store, CelerySide(settings, app))
+    coordinator = Coordinator(store, CelerySide(settings, store, app))
     if watch is not None:
         watch(coordinator)
     coordinator.run(stop)

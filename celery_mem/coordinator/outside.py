@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from celery_mem.config import Settings
-from celery_mem.state.store import Tickets
+from celery_mem.state.store import Store, Tickets
 
 if TYPE_CHECKING:
     from celery import Celery
+
+    from celery_mem.graph.tickets import TicketOffice
 
 log = logging.getLogger("celery_mem.coordinator")
 
@@ -31,51 +33,46 @@ class CelerySide:
     """The outside of a real deployment.
 
     Args:
+        store: to see which broker the workers have.
         app: the Celery app whose workers take the tickets; None makes one for the broker at `settings.url`.
     """
 
-    def __init__(self, settings: Settings, app: Celery | None = None) -> None:
+    def __init__(self, settings: Settings, store: Store, app: Celery | None = None) -> None:
         self._settings = settings
-        self._app = app
+        self._store = store
+        self._given = app
+        self._office: TicketOffice | None = None
 
     @property
-    def app(self) -> Celery:
-        """The app, made when it is first needed."""
-        if self._app is None:
-            from celery_mem.graph.tickets import make_app
+    def office(self) -> TicketOffice:
+        """What sends tickets, made when it is first needed."""
+        if self._office is None:
+            from celery_mem.graph.tickets import TicketOffice
 
-            self._app = make_app(self._settings)
-        return self._app
+            self._office = TicketOffice(self._settings, self._given)
+        return self._office
 
     def send_tickets(self, tickets: Tickets) -> None:
         """Send tickets."""
         if tickets:
-            from celery_mem.graph.tickets import send_tickets
-
-            send_tickets(self.app, tickets)
+            self.office.send(tickets, self._store)
+            self.office.hang_up()  # it is seldom that others have not sent them
 
     def stop_worker(self, node: str) -> None:
         """Ask a worker to end, by Celery's remote control; a failure is logged, and the caller asks again."""
         try:
             # With a connection of its own: Celery would take two from the pool, which has one.
-            with self.app.connection_for_write() as connection:
-                self.app.control.shutdown(destination=[node], connection=connection)
+            with self.office.app.connection_for_write() as connection:
+                self.office.app.control.shutdown(destination=[node], connection=connection)
         except Exception as error:  # whatever the broker's library raises
             log.warning("worker %s cannot be told to stop yet: %s", node, error)
 
     def delete_queue(self, queue: str) -> None:
         """Delete a queue; a failure is logged: what is left is one empty queue."""
         try:
-            from kombu import entity
-
-            with self.app.connection_for_write() as connection:
-                # As its worker declares it: what is bound where is known only to who has declared it.
-                kombu: Any = entity
-                exchange = kombu.Exchange(queue, durable=False)
-                gone = kombu.Queue(queue, exchange, queue, durable=False)(connection)
-                gone.declare()
-                gone.purge()
-                gone.delete()
-                gone.exchange.delete()
+            with self.office.app.connection_for_write() as connection:
+                channel = connection.default_channel
+                channel.queue_purge(queue)  # in Redis an empty queue is none
+                channel.queue_delete(queue)
         except Exception as error:  # whatever the broker's library raises
             log.info("the queue %s of a node that is gone cannot be deleted: %s", queue, error)

@@ -157,6 +157,7 @@ NODE = {
     "versions": "versions",  # JSON: package -> version
     "shm": "shm",  # bytes free where shared memory is, when the worker began
     "hashseed": "hashseed",  # PYTHONHASHSEED of its environment
+    "broker": "broker",  # kind of Celery broker from which it takes tickets: redis, amqp, ...
     "visibility": "visibility",  # seconds of the broker's visibility timeout, if that was set
     "hostname": "hostname",
     "dir": "dir",  # path of the node's folder in shared memory

@@ -155,6 +155,7 @@ class Link:
         self._id = b""  # of the last connection, as the server calls it
         self._pid = os.getpid()
         self._aborted = False
+        self._used = 0.0  # when, by `time.monotonic`
 
     @classmethod
     def connect(cls, settings: Settings, *, blocking: bool = False) -> Link:
@@ -317,6 +318,7 @@ class Link:
                 raise
             self._conn = conn
             self.n_connects += 1
+        self._used = time.monotonic()
         return self._conn
 
     def _greet(self, conn: AbstractConnection) -> None:
@@ -349,6 +351,19 @@ class Link:
         """End the read that another thread is waiting in, for good: the link is of no use afterwards."""
         self._aborted = True
         self.interrupt()
+
+    def rest(self, idle_s: float) -> bool:
+        """Close the connection if it was not used for a while and nobody uses it now.
+
+        Returns whether it is still open.
+        """
+        if self.lock.acquire(blocking=False):
+            try:
+                if self._flight is None and time.monotonic() - self._used >= idle_s:
+                    self.close()
+            finally:
+                self.lock.release()
+        return self._conn is not None
 
     def close(self) -> None:
         """Close the connection; the next command opens a new one."""

@@ -348,10 +348,14 @@ class Model:
         self.settle()
         return dropped
 
-    def retry(self, keys: Iterable[str]) -> None:
-        """Forget the errors of `keys`, those they come from and those that came from them, and run again."""
-        self._reset(keys)
+    def retry(self, client: str, keys: Iterable[str]) -> list[str]:
+        """Forget the errors of `keys`, those they come from and those that came from them, and run again.
+
+        Returns those of them that the client holds.
+        """
+        held = [key for key in self._reset(keys) if client in self.records[key].holders]
         self.settle()
+        return held
 
     def step(
         self,
@@ -659,12 +663,14 @@ class Model:
         if record.holders.pop("!", None) is not None:
             self.failures.append((record.key, blame))
 
-    def _reset(self, keys: Iterable[str]) -> None:
+    def _reset(self, keys: Iterable[str]) -> list[str]:
         """Release the erred among `keys`, erred dependencies above them and all erred below any of these."""
         above = self._closure(keys, lambda key: self.records[key].deps)
-        for key in self._closure(above, self._erred_dependents):
+        found = self._closure(above, self._erred_dependents)
+        for key in found:
             self._become(self.records[key], RELEASED)
             self._tell(self.records[key], "p")
+        return found
 
     def _is_place(self, place: str) -> bool:
         return place in OUTLIVE_NODES or place in self.nodes

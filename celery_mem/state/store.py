@@ -524,9 +524,10 @@ class Store:
         dropped, tickets = self._graph("cancel", client, int(force), reason, *keys)
         return _texts(dropped), _tickets(tickets)
 
-    def retry(self, keys: Iterable[str]) -> Tickets:
-        """Run erred tasks again."""
-        return _tickets(self._graph("retry", *keys))
+    def retry(self, client: str, keys: Iterable[str]) -> tuple[list[str], Tickets]:
+        """Run erred tasks again; returns those keys that lost their error and that the client holds."""
+        held, tickets = self._graph("retry", client, *keys)
+        return _texts(held), _tickets(tickets)
 
     # --- results that need no client ---
 

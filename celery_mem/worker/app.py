@@ -20,6 +20,7 @@ app.conf.update(
     task_default_queue=settings.queue or f"celery-mem.{settings.namespace}",
     task_ignore_result=True,
     worker_prefetch_multiplier=1,
+    broker_pool_limit=None,  # tickets and events have a connection of their own; to keep others is of no use
     broker_connection_retry_on_startup=True,
     broker_channel_error_retry=True,  # else a broker that refuses writes for a moment ends the worker
     # A lost ticket is replaced, so nobody keeps books of what was received. They would be one more thing to

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from celery_mem.graph.broker import line_of
 from celery_mem.graph.calls import call
 from celery_mem.graph.errors import error_summary
 from celery_mem.worker.shown import name_in_display, short, shown_name
@@ -177,12 +178,12 @@ class TaskEvents:
                     self._runs.append(run)
         if not events:
             return
-        with self._app.amqp.producer_pool.acquire(block=True) as producer:
+        with line_of(self._app).use() as connection:
             dispatcher = self._app.events.Dispatcher(
-                producer.connection,
+                connection,
                 self._node,
                 True,
-                producer.channel,
+                connection.default_channel,
                 False,
                 buffer_group={"task"},
                 buffer_limit=len(events) + 1,

@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import click
 from celery import Celery
-from celery.worker.request import Request
-from kombu.asynchronous import get_event_loop
-from redis.exceptions import ResponseError
 
 from celery_mem.config import Settings
 from celery_mem.graph.tickets import TASK_NAME
 from celery_mem.worker.node import NodeStep
+from celery_mem.worker.ticket_requests import TicketRequest
 from celery_mem.worker.tickets import run_ticket
-
-log = logging.getLogger("celery_mem.worker")
-
-ACK_RETRY_S = 1.0
-
-
-class TicketRequest(Request):  # type: ignore[misc]
-    """A ticket in the worker's main process, which would end if its message could not be acknowledged."""
-
-    acknowledged: bool
-
-    def acknowledge(self) -> None:
-        """Tell the broker that the ticket is done; again and again while a full Redis refuses."""
-        hub: Any = get_event_loop()
-        if hub is None:
-            super().acknowledge()
-        elif not self.acknowledged:
-            self.acknowledged = True
-            hub.call_soon(self._acknowledge, hub)
-
-    def _acknowledge(self, hub: Any) -> None:
-        try:
-            self.message.ack_log_error(log, self.connection_errors)
-        except ResponseError as error:
-            log.warning("the broker refuses to hear that a ticket is done: %s", error)
-            hub.call_later(ACK_RETRY_S, self._acknowledge, hub)
 
 
 def install(app: Celery, **settings: Any) -> Celery:
@@ -63,6 +34,7 @@ def install(app: Celery, **settings: Any) -> Celery:
     # acks_late: a ticket that runs counts against the worker's prefetch, so no worker hoards tickets.
     @app.task(
         name=TASK_NAME,
+        shared=False,  # other apps of this process have a ticket of their own, or none
         bind=True,
         acks_late=True,
         ignore_result=True,

@@ -18,9 +18,10 @@ from celery import bootsteps, signals
 from kombu.entity import Exchange, Queue
 
 from celery_mem.errors import CeleryMemError, ConfigError, SchemaError, UnsupportedPoolError
+from celery_mem.graph.broker import close_spare, line_of
 from celery_mem.graph.constraints import ENOUGH, QUEUE
 from celery_mem.graph.doctor import own_versions
-from celery_mem.graph.tickets import send_tickets
+from celery_mem.graph.tickets import REDIS, broker_of, send_tickets
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.limits import memory_limit
 from celery_mem.memory.process import own_identity
@@ -33,6 +34,7 @@ from celery_mem.worker import children
 from celery_mem.worker.agent import AGENT_SIGNALS
 from celery_mem.worker.control import Control, make_control, note_generation, report_exits
 from celery_mem.worker.revoking import hear_revoke
+from celery_mem.worker.ticket_requests import acknowledge_old_tickets
 from celery_mem.worker.tickets import close_events, close_interrupts, close_memory, know_worker
 
 log = logging.getLogger("celery_mem.worker")
@@ -45,6 +47,8 @@ POOLS = {
 AGENT_CHECK_S = 2.0
 CHILDREN_S = 0.25
 """A pool child that was killed is replaced within this time."""
+OLD_TICKETS_S = 60.0
+SPARE_S = 2.0
 ANNOUNCE_S = 2.0
 """How long the worker itself tries to tell Redis of its begin or end. Its signals have to wait meanwhile."""
 LEAVE_S = 5.0
@@ -105,9 +109,10 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             **self._for_doctor(parent),
         )
         self.own_queue = Keys(self.settings.namespace).own_queue(parent.hostname)
-        # By the default exchange: a binding of its own would be left behind, in Redis for ever.
+        # By the default exchange: a binding of its own would be left behind, in Redis for ever. Durable, as
+        # RabbitMQ 4 lets no others be shared; it goes with its consumer all the same.
         parent.app.amqp.queues.select_add(
-            Queue(self.own_queue, Exchange(""), self.own_queue, durable=False, auto_delete=True)
+            Queue(self.own_queue, Exchange(""), self.own_queue, durable=True, auto_delete=True)
         )
         self._keep_agent(parent.hostname)
         hear_revoke()
@@ -116,6 +121,9 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
             # Celery's own look comes every five seconds.
             parent.timer.call_repeatedly(CHILDREN_S, parent.pool._pool.maintain_pool)
         parent.timer.call_repeatedly(AGENT_CHECK_S, self._keep_agent, (parent.hostname,))
+        parent.timer.call_repeatedly(OLD_TICKETS_S, acknowledge_old_tickets)
+        parent.timer.call_repeatedly(SPARE_S, close_spare_of, (parent,))
+        signals.worker_ready.connect(lambda **_: close_spare_of(parent), weak=False)
         atexit.register(self._leave, os.getpid())
         try:
             # The agent would do this too, a moment later; and it does if there is no Redis yet.
@@ -126,6 +134,7 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
                 self.news["queue"] = ""  # tickets for any worker go where most of them look
             store.heartbeat(parent.hostname, **self.news)
             send_tickets(parent.app, store.call_tickets())
+            line_of(parent.app).hang_up()
             store.link.close()
         except SchemaError as error:
             raise SystemExit(str(error)) from error
@@ -136,12 +145,13 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
     def _for_doctor(self, parent: Any) -> dict[str, Any]:
         """What graph/doctor.py looks at."""
         told: dict[str, Any] = {"versions": own_versions(), "hashseed": os.environ.get("PYTHONHASHSEED", "")}
+        told["broker"] = broker_of(parent.app)
         if self.settings.node_memory:
             with contextlib.suppress(OSError):
                 room = os.statvfs(self.settings.shm_folder or SHARED_MEMORY)
                 told["shm"] = str(room.f_bavail * room.f_frsize)
         options = parent.app.conf.broker_transport_options or {}
-        if "visibility_timeout" in options:
+        if told["broker"] == REDIS and "visibility_timeout" in options:
             told["visibility"] = str(options["visibility_timeout"])
         return told
 
@@ -224,6 +234,17 @@ class NodeStep(bootsteps.StartStopStep):  # type: ignore[misc]
         # By pipe, not by argument: the address may hold a password, and anyone may read a command line.
         self.agent.stdin.write(json.dumps({"settings": asdict(self.settings), "news": self.news}).encode())
         self.agent.stdin.close()
+
+
+def close_spare_of(parent: Any) -> None:
+    """Close connections that Celery needed for the start of a worker, or now and then, and keeps."""
+    consumer = getattr(parent, "consumer", None)
+    if consumer is None:
+        return
+    for owner in (consumer, getattr(consumer, "event_dispatcher", None)):
+        connection = getattr(owner, "connection", None)
+        if connection is not None:
+            close_spare(connection)
 
 
 def supported_pool(pool_cls: type) -> str:

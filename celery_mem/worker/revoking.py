@@ -18,6 +18,7 @@ from celery.worker.control import Panel, ok
 from redis.exceptions import ResponseError
 
 from celery_mem.errors import CeleryMemError
+from celery_mem.graph.broker import line_of
 from celery_mem.graph.tickets import send_tickets
 from celery_mem.state.keys import TASK
 from celery_mem.state.store import Store
@@ -75,6 +76,7 @@ def cancel(app: Any, ids: list[str]) -> list[str]:
                         [("SET", store.keys.of("revoked", key), "", "EX", MARK_S) for key in keys]
                     )
                 send_tickets(app, store.cancel("", keys, force=True, reason=REASON)[1])
+                line_of(app).hang_up()
             return [*keys, *(one for one, n in zip(ids, marked, strict=True) if n and one not in keys)]
         finally:
             store.link.close()

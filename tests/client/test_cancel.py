@@ -148,6 +148,21 @@ class TestRetry:
         gate.open()
         assert future.result(timeout=20) == "second"
 
+    def test_so_are_the_inputs_behind_it_and_what_these_took_down(self, client, gate):
+        def fail_then_wait():
+            if count_call(gate, "root") == 1:
+                raise ValueError("first")
+            return gate.pass_(1)
+
+        x = client.submit(fail_then_wait)
+        y, z = client.submit(inc, x), client.submit(add, x, x)
+        wait([x, y, z])
+        with client.session.lock:  # no notice is taken in meanwhile
+            client.retry(z)
+            assert [f.status for f in (x, y, z)] == ["pending"] * 3
+        gate.open()
+        assert client.gather([x, y, z], timeout=20) == [1, 2, 2]
+
     def test_leaves_what_did_not_fail_alone(self, client, gate):
         good = client.submit(count_call, gate, "good")
         assert good.result() == 1

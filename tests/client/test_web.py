@@ -52,13 +52,19 @@ def web(cluster: LocalCluster, tmp_path: Path) -> Iterator[str]:
     env = {**os.environ, "CELERY_MEM_URL": cluster.url, "PYTHONPATH": path_of_python}
     server = subprocess.Popen([sys.executable, *command], env=env, cwd=tmp_path)
     try:
-        assert until(lambda: os.path.exists(path) or server.poll() is not None, timeout=60)
+        assert until(lambda: listens(path) or server.poll() is not None, timeout=60)
         yield path
     finally:
         server.terminate()
         server.wait(60)
     assert server.returncode == 0
     assert until(lambda: not task_keys(cluster), timeout=20), task_keys(cluster)
+
+
+def listens(path: str) -> bool:
+    """Whether connections are taken; the socket is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
 
 
 def ask(path: str) -> dict[str, Any]:

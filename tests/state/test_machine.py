@@ -186,10 +186,10 @@ class Twins:
             assert sorted(dropped) == sorted(self.model.cancel(client, keys, force))
             self.compare()
 
-    def retry(self, keys: list[str], times: int = 1) -> None:
+    def retry(self, client: str, keys: list[str], times: int = 1) -> None:
         for _ in range(times):
-            self.store.retry(keys)
-            self.model.retry(keys)
+            held, _tickets = self.store.retry(client, keys)
+            assert sorted(held) == sorted(self.model.retry(client, keys))
             self.compare()
 
     def expire_client(self, client: str) -> None:
@@ -329,9 +329,9 @@ class Twins:
             assert birth_of(after) == birth_of(before)
         store.adopts = False
         with pytest.raises(NamespaceResetError):
-            store.retry([])
+            store.retry("alice", [])
         store.adopts = True
-        self.retry([])
+        self.retry("alice", [])
         assert store.generation == after
 
     def abandon_slot(self, slot: str) -> None:
@@ -813,7 +813,7 @@ class Machine(RuleBasedStateMachine):
             case "force":
                 self.twins.cancel(client, keys, force=True, times=times)
             case "retry":
-                self.twins.retry(keys, times)
+                self.twins.retry(client, keys, times)
 
     @rule(data=st.data(), client=A_CLIENT, times=TIMES)
     def put(self, data: st.DataObject, client: str, times: int) -> None:
@@ -1111,9 +1111,9 @@ class LazyMachine(RuleBasedStateMachine):
     def cancel(self, client: str, keys: list[str], force: bool) -> None:
         self.store.cancel(client, keys, force=force)
 
-    @rule(keys=SOME_KEYS)
-    def retry(self, keys: list[str]) -> None:
-        self.store.retry(keys)
+    @rule(client=A_CLIENT, keys=SOME_KEYS)
+    def retry(self, client: str, keys: list[str]) -> None:
+        self.store.retry(client, keys)
 
     @rule(slot=A_SLOT, want=st.sampled_from([0, 1, 50]), outcomes=OUTCOMES)
     def work(self, slot: str, want: int, outcomes: list[str]) -> None:
@@ -1335,7 +1335,7 @@ def test_an_error_that_nobody_holds_is_forgotten_when_a_new_task_needs_its_key(t
     twins.submit("alice", 1, 1, [a_task("k00"), a_task("k01", "k00", order=1), a_task("k02", "k01", order=2)])
     fail(twins, "k00")
     twins.put("alice", 2, "k01", Data(1, "int", b"1"))
-    twins.retry(["k02"])
+    twins.retry("alice", ["k02"])
     twins.release("alice", ["k00"])
     twins.submit("bob", 3, 2, [a_task("k00", hold=False), a_task("k03", "k00")])
 
@@ -1422,7 +1422,7 @@ def test_what_is_needed_only_by_a_task_that_errs_may_err_or_not(twins):
         a_task("k02", "d0", "k00", "k01"),
     ]
     twins.submit("alice", 2, 1, chain)
-    twins.retry(["k02"])
+    twins.retry("alice", ["k02"])
 
 
 def test_inputs_of_no_bytes_choose_no_home(twins):

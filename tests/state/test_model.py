@@ -154,7 +154,7 @@ def test_an_error_that_nobody_holds_or_inherited_is_forgotten_when_its_key_is_su
     model.submit("alice", 1, 1, [task("e"), task("x", "e"), task("y", "x")])
     fail(model, "e")
     model.put("alice", 2, "x", SMALL)  # x has its data from elsewhere, y still inherits e's error
-    model.retry(["y"])
+    model.retry("alice", ["y"])
     model.release("alice", ["e"])
     assert states(model) == {"e": "erred", "x": "memory", "y": "ready"}
     model.submit("bob", 3, 2, [task("e")])
@@ -333,7 +333,7 @@ def test_retry_of_a_victim_resets_the_origin_and_all_its_victims(model):
     model.submit("alice", 1, 1, [task("a", hold=False), task("b", "a"), task("c", "a")])
     fail(model, "a")
     model.take_notices()
-    model.retry(["b"])
+    model.retry("alice", ["b"])
 
     assert states(model) == {"a": "ready", "b": "waiting", "c": "waiting"}
     assert set(model.take_notices()) == {Notice("alice", "b", 1, "p"), Notice("alice", "c", 1, "p")}
@@ -344,7 +344,7 @@ def test_retry_makes_again_the_inputs_that_were_dropped(model):
     run(model, "a")
     fail(model, "x")
     assert states(model) == {"a": "released", "x": "erred"}
-    model.retry(["x"])
+    model.retry("alice", ["x"])
 
     assert states(model) == {"a": "ready", "x": "waiting"}
 
@@ -352,7 +352,7 @@ def test_retry_makes_again_the_inputs_that_were_dropped(model):
 def test_retry_of_what_has_not_failed_changes_nothing(model):
     model.submit("alice", 1, 1, [task("x")])
     before = model.snapshot()
-    model.retry(["x", "nobody"])
+    model.retry("alice", ["x", "nobody"])
 
     assert model.snapshot() == before
 
@@ -529,7 +529,7 @@ def test_every_operation_can_be_repeated_without_harm(model, operation):
         "hold": lambda: model.hold("bob", 2, ["a", "e"]),
         "release": lambda: model.release("alice", ["b", "x"]),
         "cancel": lambda: model.cancel("alice", ["b"]),
-        "retry": lambda: model.retry(["x"]),
+        "retry": lambda: model.retry("alice", ["x"]),
         "expire": lambda: model.expire_client("alice"),
     }[operation]
     call()

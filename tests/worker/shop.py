@@ -22,10 +22,9 @@ from tests.on_cluster import node_of_task
 url = os.environ["CELERY_MEM_URL"]
 # Its own messages never go through a proxy that a test puts before the graph's Redis.
 broker = broker_url(os.environ.get("SHOP_BROKER", url))
+backend = broker_url(os.environ.get("SHOP_BACKEND") or os.environ.get("SHOP_BROKER", url))
 
-app = Celery(
-    "shop", broker=broker, backend=os.environ.get("SHOP_BROKER", url).replace("unix://", "redis+socket://")
-)
+app = Celery("shop", broker=broker, backend=backend)
 app.conf.update(
     task_default_queue="shop",
     worker_prefetch_multiplier=int(os.environ.get("SHOP_PREFETCH", "4")),
@@ -46,6 +45,12 @@ def slow_price(n: int, seconds: float, where: tasks.Where | None = None) -> int:
         tasks.note(where)
     time.sleep(seconds)
     return 3 * n
+
+
+@app.task
+def now() -> float:
+    """When this began, seconds since the epoch."""
+    return time.time()
 
 
 @app.task(bind=True)

@@ -117,7 +117,9 @@ def test_a_ticket_that_cannot_be_sent_does_not_end_the_slot(
     space.store.heartbeat("node", queue="queue", slots="2")
     futures = space.map(note, range(10))
     run_ticket()
-    broken: Any = SimpleNamespace(send_task=refuse, conf=SimpleNamespace(task_default_queue="queue"))
+    broken: Any = SimpleNamespace(
+        connection_for_write=refuse, conf=SimpleNamespace(task_default_queue="queue")
+    )
     tickets._local.slot.send_tickets = lambda t: tickets.send_tickets(broken, t)
     futures += space.map(note, range(10, 20))
     run_ticket()

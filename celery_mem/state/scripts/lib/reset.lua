@@ -1,5 +1,5 @@
 -- Forget the errors of some tasks, of the erred inputs behind them and of everything those took down,
--- so that they are made again where they are wanted.
+-- so that they are made again where they are wanted. Returns their records.
 local function reset_errors(keys)
   local seen, up, down = {}, {}, {}
   for _, key in ipairs(keys) do up[#up + 1] = key end
@@ -30,4 +30,5 @@ local function reset_errors(keys)
     notify(r, 'p')
     settle_later(r.key)
   end
+  return down
 end
