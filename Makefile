@@ -8,7 +8,7 @@
 #   make bench        against dask.distributed, and Ray where it can be installed
 #
 # PYTHON=python3.12 make ...   another interpreter (3.11 or newer) for .venv
-# TESTS="tests/local -x"       what pytest runs
+# TESTS="tests/local -x"       what pytest runs, JOBS=2 files at a time: most tests wait for a lease, or for processes
 # ARGS="--help"                arguments of demo and bench
 
 VENV ?= .venv
@@ -18,6 +18,8 @@ IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(firstword $(foreach name,python3 python3.12 python3.11 python3.13 python3.14,\
             $(shell $(name) -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $(name))))
 TESTS ?= tests
+JOBS ?= 2
+PYTEST := $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: help demo test test-redis check docs format bench clean
 .DELETE_ON_ERROR:
@@ -29,10 +31,10 @@ demo: $(VENV)/installed-demo
 	$(PY) examples/flights.py $(ARGS)
 
 test: check
-	$(PY) -m pytest $(TESTS)
+	$(PYTEST) $(TESTS)
 
 test-redis: $(VENV)/installed-dev
-	$(PY) -m pytest --through-redis tests/client tests/integration tests/worker tests/faults tests/local tests/hosts
+	$(PYTEST) --through-redis tests/client tests/integration tests/worker tests/faults tests/local tests/hosts
 
 check: $(VENV)/installed-dev docs
 	$(PY) -m ruff format --check .

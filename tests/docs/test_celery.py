@@ -23,7 +23,7 @@ MODULE = "# shop.py\n"
 def test_the_page_holds(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text("\n\n".join(b for b in BLOCKS if b.startswith(MODULE)))
     (tmp_path / "use.py").write_text("\n".join(b for b in BLOCKS if not b.startswith(MODULE)))
-    (commands,) = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+    commands, *_ = re.findall(r"^```sh\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     with LocalCluster(0, coordinators=0) as redis_only:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("CELERY", "REDIS"))}
         env |= {"REDIS_URL": redis_only.url, "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}

@@ -315,7 +315,7 @@ def test_a_task_without_the_record_of_an_input_harms_no_other_task_of_its_call(g
     report = [Done(taken.key, taken.attempt, 1, "bytes", "v", b"1")]
     step = store.step("slot", NODE, want=1, done=report)
     assert ([t.key for t in step.taken], step.stale) == (["sound"], [])
-    assert store.retry(["lone"]) == []
+    assert store.retry("alice", ["lone"])[1] == []
     store.hold("alice", 7, ["lone"])
     store.cancel("alice", ["waits"])
     store.release("alice", ["near"])

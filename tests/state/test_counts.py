@@ -78,7 +78,7 @@ def test_to_try_a_failed_task_again_is_no_recovery(space: Store) -> None:
     submit(space, new("x"), new("y", "x"))
     (x,) = take(space).taken
     space.step(SLOT, A, want=0, failed=[Failed("x", x.attempt, b"error")])
-    space.retry(["y"])
+    space.retry("alice", ["y"])
     assert [t.key for t in take(space).taken] == ["x"]
     assert counted(space) == NOTHING
 

@@ -169,7 +169,7 @@ def test_the_page_about_testing_holds(pytester: pytest.Pytester) -> None:
     from tests.docs.test_examples import BLOCK, ROOT
 
     blocks = BLOCK.findall((ROOT / "docs/testing.md").read_text())
-    for i, block in enumerate(b for b in blocks if "def test_" in b):
+    for i, block in enumerate(b for _, b in blocks if "def test_" in b):
         pytester.makepyfile(**{f"test_page_{i}": block})
     pytester.runpytest_subprocess(*PLUGIN).assert_outcomes(passed=2)
 

@@ -49,7 +49,7 @@ WITHOUT_MEMORY = frozenset({"w1"})
 SKEWS_S = (3600.0, -3600.0, 40.0, -40.0, 0.0)
 MESSAGE_SAMPLES = 30
 CLOCK = Path(__file__).with_name("clock")
-OWN_KEYS = re.compile(r"(meta|nodes|slots|idle|tickets|leader|clients|(s|w|node|ns|tickets|n):.*)$")
+OWN_KEYS = re.compile(r"(meta|counts|nodes|slots|idle|tickets|leader|clients|(s|w|node|ns|tickets|n):.*)$")
 """What a cluster has in Redis with nothing to do, clients of its workers too; any other key belongs to a task
 or a result."""
 
