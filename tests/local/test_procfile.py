@@ -108,6 +108,7 @@ def doctor(dynos: Dynos) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.node_memory  # without it, a client has one connection more, for transfers
 def test_worker_and_coordinator_do_a_job_over_few_connections(url: str) -> None:
     with start(url, "worker", "coordinator") as dynos:
         with Client(url, set_as_default=False) as client:
