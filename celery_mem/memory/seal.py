@@ -35,26 +35,20 @@ MARK = b"S"
 """First byte of what is signed; no pickle stream, payload, function or error begins so."""
 _HEAD = 1 + 32  # bytes of the mark and the signature
 _SMALL = PLAIN + MARK
-_BLOCK = 64  # bytes that SHA-256 takes at a time
 LEAST_KEY_CHARS = 32
 FILE = "file:"
 
 
 class _Key:
-    """HMAC-SHA256 (RFC 2104) under one key, with the key's own blocks hashed once and not per message."""
+    """HMAC-SHA256 (RFC 2104) under one key, whose own blocks are hashed once and not per message."""
 
     def __init__(self, secret: bytes) -> None:
-        if len(secret) > _BLOCK:
-            secret = hashlib.sha256(secret).digest()
-        padded = secret.ljust(_BLOCK, b"\0")
-        self._inner = hashlib.sha256(bytes(byte ^ 0x36 for byte in padded))
-        self._outer = hashlib.sha256(bytes(byte ^ 0x5C for byte in padded))
+        self._begun = hmac.new(secret, digestmod="sha256")
 
     def mac(self, message: bytes) -> bytes:
-        inner, outer = self._inner.copy(), self._outer.copy()
-        inner.update(message)
-        outer.update(inner.digest())
-        return outer.digest()
+        one = self._begun.copy()
+        one.update(message)
+        return one.digest()
 
 
 class Seal:
