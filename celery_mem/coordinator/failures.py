@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from celery_mem.coordinator.duty import CALLS_AT_ONCE, Duty
-from celery_mem.graph.errors import error_summary
+from celery_mem.graph.errors import error_line
 
 log = logging.getLogger("celery_mem.coordinator")
 
@@ -24,14 +24,8 @@ class Failures(Duty):
                 break
             for key, blame, error in failures:
                 because = "" if blame == key else f", because of {blame}"
-                log.error("task %s, which nobody waited for, failed%s: %s", key, because, _text(error))
+                why = error_line(error) if error else "its data is lost"
+                log.error("task %s, which nobody waited for, failed%s: %s", key, because, why)
             logged = len(failures)
             n += logged
         return n
-
-
-def _text(data: bytes) -> str:
-    if not data:
-        return "its data is lost"
-    kind, message, _ = error_summary(data)
-    return f"{kind.rpartition('.')[2]}: {message}"

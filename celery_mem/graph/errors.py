@@ -219,3 +219,9 @@ def error_summary(data: bytes) -> tuple[str, str, str]:
     if not isinstance(head, dict):
         return "?", "", ""
     return str(head.get("type", "?")), str(head.get("message", "")), str(head.get("traceback", ""))
+
+
+def error_line(data: bytes) -> str:
+    """Return class and message of an error as a traceback ends with them, without unpickling."""
+    kind, message, _ = error_summary(data)
+    return f"{kind.rpartition('.')[2]}: {message}"

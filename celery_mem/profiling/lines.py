@@ -106,11 +106,6 @@ def _line(
     )
 
 
-def node_of(slot: str) -> str:
-    """Return the node that a slot belongs to."""
-    return slot.rpartition("|")[0]
-
-
 class Notebook:
     """How many lines a slot wrote for each recording that wants them."""
 

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
-from celery_mem.profiling.lines import OUTCOMES, node_of
+from celery_mem.profiling.lines import OUTCOMES
 from celery_mem.profiling.memory import Memory
 from celery_mem.profiling.recording import FunctionRow, Ran, Recording, Summary
+from celery_mem.state.keys import node_of
 
 MOST_DRAWN = 50_000
 """Attempts in the picture; of more, the longest are drawn."""

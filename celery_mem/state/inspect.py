@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from redis.exceptions import ResponseError
 
-from celery_mem.state.keys import COUNTS, META, NODE, REPLICAS, TASK
+from celery_mem.state.keys import COUNTS, META, NODE, REPLICAS, TASK, node_of
 from celery_mem.state.link import Link
 from celery_mem.state.records import read_core, read_given, read_recipe, read_result, state_of
 from celery_mem.state.store import REDIS, Store
@@ -229,7 +229,7 @@ def _queue_of(state: str, constraint: str, home: str, owner: str) -> str:
     if constraint:
         return constraint
     if state == "processing":
-        return owner.rpartition("|")[0]
+        return node_of(owner)
     return home[1:] if state == "ready" else ""  # before the node stands the size class
 
 

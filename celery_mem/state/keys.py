@@ -201,3 +201,16 @@ class Keys:
     def blob(self, token: str, key: str) -> str:
         """Return the key of the blob that `token` names."""
         return f"{self.prefix}{PREFIXES['blob']}{token}:{key}"
+
+
+# --- names of slots: `<node>|<process identity>.<n>` -----------------------------------------------------
+
+
+def node_of(slot: str) -> str:
+    """Return the node that a slot belongs to."""
+    return slot.rpartition("|")[0]
+
+
+def process_of(slot: str) -> str:
+    """Return the identity of a slot's process."""
+    return slot.rpartition("|")[2].partition(".")[0]

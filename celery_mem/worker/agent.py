@@ -28,12 +28,12 @@ from celery_mem.errors import CeleryMemError, NamespaceResetError
 from celery_mem.graph.killed import give_up_slot
 from celery_mem.memory.files import NodeFolder
 from celery_mem.memory.process import is_alive
-from celery_mem.state.keys import NODE
+from celery_mem.state.keys import NODE, process_of
 from celery_mem.state.store import Store, birth_of, node_news
 from celery_mem.worker.control import note_generation, noted_generation, remove_control
 from celery_mem.worker.housekeeping import Housekeeper
 from celery_mem.worker.mailbox import Mailbox
-from celery_mem.worker.stopper import Stopper, process_of
+from celery_mem.worker.stopper import Stopper
 
 log = logging.getLogger("celery_mem.agent")
 

@@ -19,7 +19,7 @@ from celery_mem.graph.inside import Wait
 from celery_mem.memory.asking import Listener, NobodyThere, socket_name, tell
 from celery_mem.memory.process import own_identity
 from celery_mem.memory.roots import AGENT_SOCKET
-from celery_mem.worker.duty_marks import DutyMark
+from celery_mem.worker.ticket_marks import TicketMark
 
 if TYPE_CHECKING:
     from types import CodeType
@@ -87,10 +87,10 @@ class Interrupts:
         self._raised: set[str] = set()  # those of them that had their exception; they get no second one
         self._void: set[str] = set()  # attempts that are not to begin their call
         self._may_break = False  # the main thread waits where an exception does no harm
-        self._mark: DutyMark | None = None
+        self._mark: TicketMark | None = None
         if by_signal:
             signal.signal(SIGNAL, self._on_signal)
-            self._mark = DutyMark(control, own_identity())
+            self._mark = TicketMark(control, own_identity())
         self._listener = Listener(control, socket_name(own_identity()), self._answer).start()
 
     # --- around a ticket, and around a call ---

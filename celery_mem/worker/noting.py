@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_mem.graph.calls import call
-from celery_mem.graph.errors import error_summary
+from celery_mem.graph.errors import error_line
 from celery_mem.profiling.lines import AGAIN, CANCELLED, DONE, FAILED, Line
 from celery_mem.state.store import Done, Failed, Missing, Taken
 from celery_mem.worker.shown import name_in_display, shown_name
@@ -38,8 +38,7 @@ class Note(Watcher):
     def raised(self, error: BaseException, data: bytes) -> None:
         """Note what went wrong."""
         self._outcome = CANCELLED if is_cancelled(error) else FAILED
-        name, message, _ = error_summary(data)
-        self._error = f"{name.rpartition('.')[2]}: {message}"
+        self._error = error_line(data)
 
     def ends(self, outcome: Done | Failed | Missing | None) -> None:
         """Write the line."""

@@ -38,6 +38,7 @@ from celery_mem.memory import blobs
 from celery_mem.memory.seal import MARK, Kind, seal_of
 from celery_mem.memory.serialize import dumps
 from celery_mem.profiling.lines import Line, Notebook
+from celery_mem.state.keys import node_of
 from celery_mem.state.link import Command
 from celery_mem.state.store import Done, Failed, Missing, Store, Taken
 from celery_mem.worker.events import Run, TaskEvents
@@ -109,7 +110,7 @@ class TaskRunner:
         self.notebook = notebook or Notebook()
         self.store = store
         self.slot = slot
-        self._node = slot.rpartition("|")[0]
+        self._node = node_of(slot)
         self.events = events
         self.interrupts = interrupts
         self.settings = settings

@@ -22,11 +22,11 @@ from celery_mem.graph.killed import encode_plain, give_up_slot, owned_by
 from celery_mem.memory.asking import Listener, NobodyThere, ask, listeners, socket_name
 from celery_mem.memory.process import is_alive
 from celery_mem.memory.roots import AGENT_SOCKET
-from celery_mem.state.keys import TASK
+from celery_mem.state.keys import TASK, process_of
 from celery_mem.state.records import read_core
 from celery_mem.state.store import Failed, Store
-from celery_mem.worker.duty_marks import is_marked, remove_mark
 from celery_mem.worker.interrupts import CANCELLED, TIMEOUT, Timed
+from celery_mem.worker.ticket_marks import is_marked, remove_mark
 
 log = logging.getLogger("celery_mem.agent")
 
@@ -289,8 +289,3 @@ class Stopper:
         assert stop.seconds is not None
         error = encode_plain(TaskTimeoutError(stop.key, stop.seconds, self.node), stop.key, self.store)
         return Failed(stop.key, stop.attempt, error, may_retry=True)
-
-
-def process_of(slot: str) -> str:
-    """Return the identity of a slot's process: slots are called `<node>|<identity>.<n>`."""
-    return slot.rpartition("|")[2].partition(".")[0]

@@ -9,7 +9,7 @@ import os
 _ENDING = ".work"
 
 
-class DutyMark:
+class TicketMark:
     """The mark of this process. It falls with the process, however that ends.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from celery_mem.graph.calls import call
-from celery_mem.graph.errors import error_summary
+from celery_mem.graph.errors import error_line
 from celery_mem.graph.tracing import OFF, tracer
 from celery_mem.state.store import Done, Failed, Missing, Taken
 from celery_mem.worker.interrupts import CANCELLED
@@ -52,8 +52,7 @@ class TaskSpan(Watcher):
         from opentelemetry.trace import Status, StatusCode
 
         self._outcome = CANCELLED if is_cancelled(error) else FAILED
-        name, message, _ = error_summary(data)
-        self._span.set_status(Status(StatusCode.ERROR, f"{name.rpartition('.')[2]}: {message}"))
+        self._span.set_status(Status(StatusCode.ERROR, error_line(data)))
         try:
             self._span.record_exception(error)
         except Exception:

@@ -17,10 +17,10 @@ from celery_mem.profiling.lines import (
     Line,
     Notebook,
     Parcel,
-    node_of,
     pack,
     unpack,
 )
+from celery_mem.state.keys import node_of
 
 LINES = [
     Line("inc-1", "inc", 1_000.0, 1_000.25, 1_000.5, 28),

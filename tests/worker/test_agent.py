@@ -13,10 +13,9 @@ import pytest
 from celery_mem.errors import KilledWorkerError
 from celery_mem.memory.process import _started, is_alive, own_identity
 from celery_mem.state.audit import read
-from celery_mem.state.keys import NODE, TASK
+from celery_mem.state.keys import NODE, TASK, process_of
 from celery_mem.state.records import read_deaths
 from celery_mem.worker.agent import Agent
-from celery_mem.worker.stopper import process_of
 from tests.deployment import wait_until
 from tests.tasks import inc
 from tests.worker.conftest import Space
